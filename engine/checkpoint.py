@@ -1,0 +1,341 @@
+"""Checkpoints: what a run needs to go on exactly, written so that a kill at any moment loses none.
+
+    checkpoints/000012800/            named by the images seen
+        shared.safetensors            networks, averages, optimizer states
+        rank-00000.safetensors        what differs between ranks: buffers
+        checkpoint.json               progress, settings, and the SHA-256 of each part
+
+A checkpoint is written under a temporary name, synced to disk and renamed, so that it is there
+whole or not at all. Loading verifies every digest and never unpickles.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from engine.player import Player
+from engine.recipe import to_values
+from engine.session import Session
+
+SHARED, INDEX = "shared.safetensors", "checkpoint.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or does not fit the run."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A verified checkpoint in memory."""
+
+    folder: Path
+    index: dict[str, Any]
+    shared: dict[str, Tensor]
+    local: dict[str, Tensor]
+
+    @property
+    def images(self) -> int:
+        """Images seen when it was written."""
+        return self.index["images"]
+
+
+def rank_part(rank: int) -> str:
+    """File name of a rank's own part."""
+    return f"rank-{rank:05}.safetensors"
+
+
+# -- what is in it ---------------------------------------------------------------------------------
+
+
+def shared_tensors(session: Session) -> dict[str, Tensor]:
+    """Everything that is the same on all ranks, by a path of names."""
+    tensors: dict[str, Tensor] = {}
+    for name, player in session.players.items():
+        tensors |= _prefixed(f"{name}/network", player.network.state_dict())
+        if player.average:
+            tensors |= _prefixed(f"{name}/average", player.average.network.state_dict())
+        tensors |= _prefixed(f"{name}/optimizer", _optimizer_tensors(player))
+        if player.scaler and player.scaler.state_dict():
+            state = player.scaler.state_dict()
+            values = {k: torch.tensor(float(state[k])) for k in ("scale", "_growth_tracker")}
+            tensors |= _prefixed(f"{name}/scaler", values)
+    return tensors
+
+
+def local_tensors(session: Session) -> dict[str, Tensor]:
+    """What differs between ranks: buffers (running statistics of each rank's own batches)."""
+    tensors: dict[str, Tensor] = {}
+    for name, player in session.players.items():
+        tensors |= _prefixed(f"{name}/network", dict(player.network.named_buffers()))
+        if player.average:
+            buffers = dict(player.average.network.named_buffers())
+            tensors |= _prefixed(f"{name}/average", buffers)
+    return tensors
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{k}": v for k, v in tensors.items()}
+
+
+def _optimizer_tensors(player: Player) -> dict[str, Tensor]:
+    names = {p: n for n, p in player.network.named_parameters()}
+    return {
+        f"{names[p]}/{k}": v
+        for p, state in player.optimizer.state.items()
+        for k, v in state.items()
+    }
+
+
+def restore(session: Session, loaded: Loaded) -> None:
+    """Put a checkpoint's state into a freshly built session. Raises CheckpointError if it does
+    not fit the session's networks."""
+    try:
+        for name, player in session.players.items():
+            _restore_player(name, player, loaded.shared)
+        for path, tensor in local_tensors(session).items():
+            _fill(tensor, loaded.local, path)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{loaded.folder} does not fit this recipe: {error}") from error
+    session.clock.seek(loaded.images)
+    session.change_noise(loaded.index["salt"])
+
+
+def _fill(tensor: Tensor, stored: dict[str, Tensor], path: str) -> None:
+    if stored[path].shape != tensor.shape:  # copy_ would broadcast
+        raise KeyError(f"{path} is {tuple(stored[path].shape)}, here {tuple(tensor.shape)}")
+    tensor.copy_(stored[path])
+
+
+@torch.no_grad()
+def _restore_player(name: str, player: Player, stored: dict[str, Tensor]) -> None:
+    for kind, network in (
+        ("network", player.network),
+        ("average", player.average.network if player.average else None),
+    ):
+        for path, tensor in network.state_dict().items() if network else ():
+            _fill(tensor, stored, f"{name}/{kind}/{path}")
+    for path, parameter in player.network.named_parameters():
+        state = player.optimizer.state[parameter]
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            saved = stored.get(f"{name}/optimizer/{path}/{key}")
+            if saved is not None:
+                like = torch.empty_like(parameter) if key != "step" else saved.to(parameter.device)
+                state[key] = like.copy_(saved)
+    if player.scaler and f"{name}/scaler/scale" in stored:
+        state = player.scaler.state_dict()
+        state["scale"] = float(stored[f"{name}/scaler/scale"])
+        state["_growth_tracker"] = int(stored[f"{name}/scaler/_growth_tracker"])
+        player.scaler.load_state_dict(state)
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def save(
+    session: Session, folder: Path, facts: dict[str, Any], keep_for_good: bool = False
+) -> Path:
+    """Write a checkpoint of this moment; every rank calls it. Gives its folder.
+
+    facts: what else the index holds (recipe name, dataset). Raises CheckpointError on all ranks if
+    any of them cannot write; what was there before stays whole.
+    """
+    ranks, images = session.ranks, session.clock.images
+    target = folder / f"{images:09}"
+    scratch = folder / f".writing-{images:09}"
+    if ranks.share(ranks.rank == 0 and _holds(target, session)):
+        return target
+    problem = ""
+    if ranks.rank == 0:
+        problem = _try(lambda: _make_empty(scratch))
+    problem = ranks.share(problem)
+    digests: dict[str, str] = {}
+    if not problem:
+        parts = {rank_part(ranks.rank): local_tensors(session)}
+        if ranks.rank == 0:
+            parts[SHARED] = shared_tensors(session)
+        mine = _try(lambda: digests.update(_write_parts(scratch, parts)))
+        results = ranks.gather((mine, digests))
+        problem = next((p for p, _ in results if p), "")
+        digests = {k: v for _, part in results for k, v in part.items()}
+    if not problem and ranks.rank == 0:
+        index = _index(session, facts, digests, keep_for_good)
+        problem = _try(lambda: _finish(scratch, target, index))
+    problem = ranks.share(problem)
+    if problem:
+        if ranks.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise CheckpointError(f"cannot write checkpoint {target}: {problem}")
+    return target
+
+
+def _holds(target: Path, session: Session) -> bool:
+    """Whether this very moment is saved already: the run is a function of images and noise."""
+    if not target.exists() or damage_of(target):
+        return False
+    return json.loads((target / INDEX).read_text())["salt"] == session.salt
+
+
+def _try(write: Callable[[], Any]) -> str:
+    """Run a write; what went wrong with the disk, or an empty text."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"the disk is full ({error}); free some space and run the same command again"
+        return str(error)
+    return ""
+
+
+def _make_empty(scratch: Path) -> None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+
+
+def _write_parts(scratch: Path, parts: dict[str, dict[str, Tensor]]) -> dict[str, str]:
+    digests = {}
+    for name, tensors in parts.items():
+        host = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        data = safetensors.torch.save(host)
+        write_synced(scratch / name, data)
+        digests[name] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def _digest_of(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _index(
+    session: Session, facts: dict[str, Any], digests: dict[str, str], keep_for_good: bool
+) -> dict[str, Any]:
+    index = {
+        "format": 1,
+        "images": session.clock.images,
+        "world_size": session.ranks.world_size,
+        "salt": session.salt,
+        "keep_for_good": keep_for_good,
+        "settings": to_values(session.recipe),
+        "sha256": digests,
+        **facts,
+    }
+    return index | {"index_sha256": _digest_of(index)}
+
+
+def _finish(scratch: Path, target: Path, index: dict[str, Any]) -> None:
+    write_synced(scratch / INDEX, json.dumps(index, indent=1).encode())
+    _sync_folder(scratch)
+    old = target.with_name(f".old-{target.name}")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+    os.rename(scratch, target)
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and those kept for good. Rank 0's work."""
+    for old in listing(folder)[keep:]:
+        if not _kept_for_good(old):
+            shutil.rmtree(old, ignore_errors=True)
+    for left in (*folder.glob(".writing-*"), *folder.glob(".old-*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _kept_for_good(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / INDEX).read_text())["keep_for_good"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def listing(folder: Path) -> list[Path]:
+    """Checkpoints that were finished, newest first, not verified."""
+    found = [p for p in folder.glob("*") if p.name.isdigit()] if folder.exists() else []
+    return sorted(found, key=lambda p: int(p.name), reverse=True)
+
+
+def newest_whole(folder: Path, say: Callable[[str], None], set_aside: bool = False) -> Path | None:
+    """The newest checkpoint whose parts are all there with the right digests.
+
+    Damaged ones are named through `say`; with `set_aside` they are renamed, so that they neither
+    count among the newest nor are in the way.
+    """
+    for candidate in listing(folder):
+        damage = damage_of(candidate)
+        if not damage:
+            return candidate
+        say(f"checkpoint {candidate} is damaged ({damage}); using the one before it")
+        if set_aside:
+            os.rename(candidate, unused_name(candidate.with_name(f"{candidate.name}.damaged")))
+    return None
+
+
+def unused_name(path: Path) -> Path:
+    """The path itself if nothing is there, else the first of path.2, path.3, ... that is free."""
+    number, free = 2, path
+    while free.exists():
+        free = path.with_name(f"{path.name}.{number}")
+        number += 1
+    return free
+
+
+def damage_of(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files; empty if all are whole."""
+    try:
+        index = json.loads((checkpoint / INDEX).read_text())
+        if index.pop("index_sha256") != _digest_of(index):
+            return f"{INDEX}: wrong SHA-256"
+        for name, digest in index["sha256"].items():
+            if hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() != digest:
+                return f"{name}: wrong SHA-256"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{INDEX}: {error}"
+    return ""
+
+
+def read(checkpoint: Path, rank: int = 0) -> Loaded:
+    """A verified checkpoint's tensors, on the host. A rank that was not there when it was written
+    takes rank 0's part. Raises CheckpointError for a file that is no safetensors file."""
+    index = json.loads((checkpoint / INDEX).read_text())
+    part = rank_part(rank if rank < index["world_size"] else 0)
+    try:
+        shared = safetensors.torch.load((checkpoint / SHARED).read_bytes())
+        local = safetensors.torch.load((checkpoint / part).read_bytes())
+    except SafetensorError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    return Loaded(checkpoint, index, shared, local)

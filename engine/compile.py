@@ -1,0 +1,140 @@
+"""The compile boundary: which functions are compiled, decided once with its reason.
+
+The unit is an update's loss function (forward and loss, one graph); backward and optimizer stay
+outside. `rehearse` runs one iteration and undoes it, so that compilation happens before training,
+on one local rank first: the others then take its cache.
+"""
+
+import shutil
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.parallel import Ranks
+
+# Compilation of a small network pair costs half a minute to a minute of two CPU cores; a run must
+# be long enough for its gain (a tenth, bench/bench_step.py) to exceed that.
+WORTHWHILE_S = 600.0
+CPU_FLOPS = 5e10  # per core and second, small layers included: only an order of magnitude
+
+
+class CompileError(RuntimeError):
+    """`compile=required`, and something cannot be compiled."""
+
+
+@dataclass
+class Compiler:
+    """Wraps loss functions; `active` and `reason` are said once and stored with the run."""
+
+    active: bool
+    reason: str
+    required: bool = False
+    units: dict[Callable, str] = field(default_factory=dict)  # every function that came through
+    _compiled: dict[Callable, Callable] = field(default_factory=dict)
+
+    def __call__(self, fn: Callable) -> Callable:
+        """`fn` or its compiled form."""
+        self.units.setdefault(fn, getattr(getattr(fn, "func", fn), "__name__", str(fn)))
+        if not self.active:
+            return fn
+        if fn not in self._compiled:
+            self._compiled[fn] = torch.compile(fn, fullgraph=True, dynamic=False)
+        return self._compiled[fn]
+
+    def fall_back(self, reason: str) -> None:
+        """Run eager from now on; raises CompileError where compilation is required."""
+        if self.required:
+            raise CompileError(f"compile=required, but {reason}")
+        self.active, self.reason = False, reason
+
+
+def missing_toolchain() -> str:
+    """What Inductor lacks to compile for a CPU here; empty if nothing."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        return "no C++ compiler (install g++)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "no Python headers (install python3-dev)"
+    return ""
+
+
+def compile_obstacle(sync_bn: bool, world_size: int) -> str:
+    """Why a recipe cannot be compiled on so many ranks; empty if it can."""
+    if sync_bn and world_size > 1:
+        return "synchronised BatchNorm communicates inside the forward pass"
+    return ""
+
+
+def choose_compile(setting: str, device: torch.device, flops: float, obstacle: str) -> Compiler:
+    """The policy for a setting (auto, off, required).
+
+    flops: those of the whole run on this rank. obstacle: why this recipe cannot be compiled, or
+    empty. Raises CompileError if compilation is required and cannot be had.
+    """
+    if setting == "off":
+        return Compiler(False, "as asked")
+    compiler = Compiler(True, "as asked", required=setting == "required")
+    if device.type == "cpu":
+        obstacle = obstacle or missing_toolchain()
+    if obstacle:
+        compiler.fall_back(obstacle)
+        return compiler
+    if setting == "auto":
+        compiler.active, compiler.reason = _repays(device, flops)
+    return compiler
+
+
+def _repays(device: torch.device, flops: float) -> tuple[bool, str]:
+    if device.type == "cuda":
+        return True, "GPU"
+    seconds = flops / (CPU_FLOPS * torch.get_num_threads())
+    if seconds < WORTHWHILE_S:
+        return False, f"a run of about {seconds:.0f} s on this CPU is too short to repay compiling"
+    return True, f"a run of about {seconds / 60:.0f} min on this CPU"
+
+
+def rehearse(
+    iteration: Callable[[], Any],
+    state: list[Tensor],
+    compiler: Compiler,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> None:
+    """Compile by running `iteration` once, local rank 0 first, and put `state` back.
+
+    The iteration must reduce nothing over ranks and step no optimizer (`Session.rehearsing`). If it
+    fails to compile on any rank, all run eager.
+    """
+    saved = [t.clone() for t in state]
+    failure = ""
+    for turn in (True, False):
+        if turn == (ranks.local_rank == 0):
+            failure = _attempt(iteration)
+        ranks.barrier()
+    for tensor, copy in zip(state, saved, strict=True):
+        tensor.copy_(copy)
+    if failures := [f for f in ranks.gather(failure) if f]:
+        compiler.fall_back(f"compilation failed: {failures[0]}")
+        say(f"compile: eager ({compiler.reason})")
+
+
+def graphs() -> tuple[int, int]:
+    """Graphs that this process compiled, and graphs that it took from the cache."""
+    from torch._dynamo.utils import counters
+
+    seen = counters["inductor"]
+    return seen["fxgraph_cache_miss"], seen["fxgraph_cache_hit"]
+
+
+def _attempt(iteration: Callable[[], Any]) -> str:
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        iteration()
+    except TorchDynamoException as error:
+        return str(error).strip().split("\n", 1)[0][:300]
+    return ""

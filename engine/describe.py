@@ -1,0 +1,95 @@
+"""What a recipe costs and how it would run: FLOPs counted without data, and the dry-run page."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from engine.compile import Compiler
+from engine.parallel import Ranks
+from engine.precision import Precision
+from engine.recipe import flatten
+from engine.session import build_networks, start
+from engine.settings import Recipe
+from pipelines.batch import Batch
+
+META = torch.device("meta")
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up the FLOPs (2 per multiply-add) of every operation below it, backward passes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if counter := flop_registry.get(func._overloadpacket):
+            self.total += counter(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one iteration takes: FLOPs per image of the global batch, and the compiled functions."""
+
+    flops_per_image: float
+    units: tuple[str, ...]
+
+
+def cost(recipe: Recipe, classes: int = 0) -> Cost:
+    """FLOPs (all updates, forward and backward) and compile units of one iteration.
+
+    Counted by running the step on the meta device, which holds no data: a step that reads a
+    value back to the host fails here.
+    """
+    images = min(4, max(recipe.data.batch // recipe.accumulate, 1)) * recipe.accumulate
+    data = replace(recipe.data, batch=images)
+    small = replace(recipe, data=data, sync_bn=False, precision="fp32")
+    compiler = Compiler(False, "counting")
+    ranks, precision = Ranks(0, 0, 1, META), Precision("fp32", "counting", "cpu")
+    session = start(small, ranks, precision, compiler, images, classes)
+    with session.rehearsing(), FlopCount() as count:
+        session.step(example_batch(small, images))
+    return Cost(count.total / images, tuple(compiler.units.values()))
+
+
+def example_batch(recipe: Recipe, images: int) -> Batch:
+    """A batch without data, on the meta device."""
+    data = recipe.data
+    shape = (images, data.channels, data.resolution, data.resolution)
+    labels = torch.zeros(images, dtype=torch.int64, device=META)
+    positions: Tensor = torch.arange(images, device=META)
+    return Batch(torch.empty(shape, device=META), labels, positions)
+
+
+def parameters(network: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def show(
+    console: Console, name: str, recipe: Recipe, facts: dict[str, str], classes: int = 0
+) -> None:
+    """Print the resolved recipe, its networks and how it would run."""
+    settings = Table("setting", "value", title=f"{name}: settings", title_justify="left")
+    for flag, value in flatten(recipe, flags=True).items():
+        settings.add_row(f"--{flag}", "" if value is None else str(value))
+    console.print(settings)
+    networks = Table("player", "network", "parameters", title="networks", title_justify="left")
+    for player, network in build_networks(recipe, classes).items():
+        kind = repr(recipe.step.players()[player].network)
+        networks.add_row(player, kind, f"{parameters(network):,}")
+    console.print(networks)
+    run = Table("", "", title="run", title_justify="left", show_header=False)
+    for fact, text in facts.items():
+        run.add_row(fact, text)
+    console.print(run)

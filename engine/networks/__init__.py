@@ -1,0 +1,1 @@
+"""Networks: plain single-device modules, each with a dataclass of its sizes."""

@@ -1,0 +1,125 @@
+"""Ranks: the process group, the wrapped forward of a player, and what ranks tell each other.
+
+A world of one rank has no process group and wraps nothing.
+"""
+
+import datetime
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = datetime.timedelta(minutes=30)  # must outlast the slowest rank's first compilation
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the ranks, and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks (host objects; synchronises)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank (host objects; synchronises)."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather(None)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks of a device tensor, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values
+
+
+def environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) as torchrun and its like set them."""
+    read = [
+        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    ]
+    return read[0], read[1], read[2]
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device of a setting (auto, cpu, cuda); raises ValueError for a GPU that is not there."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch finds no GPU here; use --device cpu or auto")
+    if setting == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", environment()[1] % torch.cuda.device_count())
+
+
+def start(device: torch.device) -> Ranks:
+    """Join the process group (gloo for control and CPUs, NCCL for GPUs) and give this place."""
+    rank, local_rank, world_size = environment()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return Ranks(rank, local_rank, world_size, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Root(nn.Module):
+    """forward(fn, *args) = fn(network, *args): all that an update does with its own network happens
+    in one forward of the wrapper, so several passes and penalties are one unit for the reducer."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, fn: Callable, *args: Any) -> Any:
+        return fn(self.network, *args)
+
+
+def wrap(network: nn.Module, ranks: Ranks) -> Root | DistributedDataParallel:
+    """The callable unit of a player: its Root, under DDP when there are several ranks.
+
+    Buffers are not broadcast between forwards: that breaks a second forward in one update.
+    """
+    root = Root(network)
+    if ranks.world_size == 1 or not any(p.requires_grad for p in network.parameters()):
+        return root
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    bucket = float(os.environ.get("SADDLE_BUCKET_MB", 25))
+    return DistributedDataParallel(
+        root, gradient_as_bucket_view=True, bucket_cap_mb=bucket, **{no_sync: False}
+    )
+
+
+def local_gradients(root: nn.Module, reduce: bool) -> AbstractContextManager:
+    """Context round forward and backward of a micro-batch: ranks reduce only if `reduce`."""
+    if reduce or not isinstance(root, DistributedDataParallel):
+        return nullcontext()
+    return root.no_sync()

@@ -1,0 +1,116 @@
+"""What happens between steps: logging ticks, pictures, checkpoints, and the end of a run."""
+
+import time
+from dataclasses import dataclass, field
+
+from engine import checkpoint
+from engine.failure import NonFinite
+from engine.start import Training
+from engine.stats import memory_gib
+from pipelines.batch import Clock
+
+
+@dataclass
+class Pace:
+    """Host time since a logging tick."""
+
+    images: int
+    waited: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+
+def due(clock: Clock, every_kimg: float) -> bool:
+    """Whether the last batch reached or passed a multiple of this many thousand images."""
+    every = every_kimg * 1000
+    return bool(every) and clock.images // every > (clock.images - clock.batch) // every
+
+
+def tick(t: Training, pace: Pace, sample: bool) -> Pace:
+    """Read the statistics and write them out, with pictures if `sample`; a new pace.
+
+    Raises NonFinite on all ranks if any update since the last tick was not finite.
+    """
+    clock = t.session.clock
+    values = t.stats.read(_counters(t))
+    seconds = time.monotonic() - pace.began
+    _check_finite(t, values)
+    values["speed/images_per_s"] = (clock.images - pace.images) / seconds
+    values["time/data_share"] = pace.waited / seconds
+    values["memory/gib"] = memory_gib(clock.device)
+    values["data/skipped"] = t.pipeline.skipped
+    if t.record and t.snapshots:
+        try:
+            _write_out(t, values, sample)
+        except OSError as error:  # pictures and curves are not worth the run
+            t.display.warn(f"cannot write to {t.folder} ({error}); training goes on")
+    return Pace(clock.images)
+
+
+def _write_out(t: Training, values: dict[str, float], sample: bool) -> None:
+    images = t.session.clock.images
+    if sample:
+        values |= t.snapshots.take()
+    t.display.update(images, values)
+    t.record.values(images, values)
+    for warning in t.monitors.warnings(images, values):
+        t.display.warn(warning)
+        t.record.event(images, "warning", warning)
+    if sample:
+        t.snapshots.write_report()
+
+
+def _counters(t: Training) -> dict:
+    """Device counters that are read with the statistics."""
+    values = {}
+    for name, player in t.session.players.items():
+        values |= {
+            f"{name}/lr": player.lr,
+            f"{name}/bad_loss": player.bad_losses,
+            f"{name}/bad_gradient": player.bad_gradients,
+        }
+    return values
+
+
+def _check_finite(t: Training, values: dict[str, float]) -> None:
+    kinds = [(name, what) for name in t.session.players for what in ("loss", "gradient")]
+    bad = {(name, what): values.pop(f"{name}/bad_{what}") for name, what in kinds}
+    if any(bad.values()):
+        raise NonFinite(bad, t.session.clock.images)
+
+
+def save(t: Training) -> None:
+    """Write a checkpoint and delete the ones that are no longer kept."""
+    outputs, clock = t.session.recipe.outputs, t.session.clock
+    t.stop.settle()
+    checkpoint.save(t.session, t.checkpoints, t.facts, due(clock, outputs.keep_every))
+    if t.session.ranks.rank == 0:
+        checkpoint.prune(t.checkpoints, outputs.keep)
+
+
+def finish(t: Training) -> None:
+    """Say that the run is complete and where its results are."""
+    if t.record and t.snapshots:
+        t.record.event(t.session.clock.images, "finish", "")
+        t.snapshots.write_report()
+    t.display.line(f"finished {t.folder}: {t.session.clock.images:,} images")
+    t.display.line(f"look at {t.folder / 'report.html'} and {t.folder / 'samples'}")
+    t.display.line(f"sample: python -m engine.sample {t.folder} --num 64 --out grid.png")
+
+
+def already_finished(t: Training) -> None:
+    """Say that there is nothing left to do, and how to go on."""
+    images, length = t.session.clock.images, t.session.recipe.length
+    flag, value = next((f, v) for f, v in vars(length).items() if v is not None)
+    if t.snapshots:
+        t.snapshots.write_report()
+    t.display.line(f"{t.folder} is finished at {images:,} images")
+    t.display.line(f"to train longer: the same command with --{flag} {2 * value:g}")
+    t.display.line("to train anew beside it: the same command with --fresh")
+
+
+def stopped(t: Training) -> None:
+    """Say that the run was stopped and how to go on."""
+    if t.snapshots:
+        t.snapshots.write_report()
+    images = t.session.clock.images
+    t.display.line(f"stopped at {images:,} of {t.total:,} images; {t.to_go_on}")

@@ -1,0 +1,242 @@
+"""Recipes by name, from the command line, and to and from JSON."""
+
+import hashlib
+import importlib
+import json
+import math
+import typing
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from engine.settings import ImageSpec, Inline, Length, PlayerSettings, Recipe
+
+FOLDER = Path(__file__).parent / "recipes"
+
+# What a resumed run may be given anew; everything else defines the run.
+MAY_CHANGE = (
+    *(f"{part}." for part in ("length", "outputs")),
+    *(f"data.{name}" for name in ("root", "path", "cache", "workers", "download", "on_error")),
+    *("device", "on_nan"),
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One training command: a recipe and what to do with it."""
+
+    recipe: Annotated[Recipe, Inline]
+    run: Annotated[str | None, tyro.conf.arg(aliases=("--run-name",))] = None
+    """Name of the run's folder under runs/RECIPE; by default the settings decide it. (Behind
+    torchrun say --run-name: it takes --run for an abbreviation of its own --run-path.)"""
+    fresh: bool = False
+    """Start anew beside an existing run instead of going on with it."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    dry_run: bool = False
+    """Print what would be trained, and how, and stop."""
+
+
+def names() -> list[str]:
+    """Every recipe's name, sorted: the files of `engine/recipes/`."""
+    return sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
+
+
+def load(name: str) -> Recipe:
+    """The recipe of that name; raises ValueError naming the nearest ones."""
+    if name not in names():
+        import difflib
+
+        near = difflib.get_close_matches(name, names(), 3, 0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`--list` shows them all."
+        raise ValueError(f"there is no recipe {name!r}; {hint}")
+    return importlib.import_module(f"engine.recipes.{name}").recipe()
+
+
+def source(name: str) -> Path:
+    """The file that defines a recipe."""
+    return FOLDER / f"{name}.py"
+
+
+def summary(name: str) -> str:
+    """First line of a recipe's docstring."""
+    import ast
+
+    docstring = ast.get_docstring(ast.parse(source(name).read_text())) or ""
+    return docstring.split("\n", 1)[0]
+
+
+def digest(name: str) -> str:
+    """SHA-256 of the recipe's source file."""
+    return hashlib.sha256(source(name).read_bytes()).hexdigest()
+
+
+def parse(name: str, arguments: list[str]) -> Command:
+    """The command for a recipe and its overrides; exits with code 2 and a message on bad input."""
+    default = load(name)
+    command = tyro.cli(
+        Command,
+        prog=f"python -m engine.train {name}",
+        description=importlib.import_module(f"engine.recipes.{name}").__doc__,
+        args=arguments,
+        default=Command(recipe=default),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    length = _chosen_length(command.recipe.length, arguments)
+    return replace(command, recipe=replace(command.recipe, length=length))
+
+
+def _chosen_length(given: Length, arguments: list[str]) -> Length:
+    """A length named on the command line takes the place of the recipe's own."""
+    flags = {a.removeprefix("--").split("=", 1)[0] for a in arguments if a.startswith("--")}
+    named = sorted(flags & {f.name for f in fields(Length)})
+    if len(named) > 1:
+        raise ValueError(f"give one of --{' and --'.join(named)}, not both")
+    return Length(**{name: getattr(given, name) for name in named}) if named else given
+
+
+def check(recipe: Recipe, world_size: int) -> None:
+    """Raise ValueError, naming setting and remedy, for values that cannot be trained with."""
+    parts = world_size * recipe.accumulate
+    if recipe.accumulate < 1 or recipe.data.batch < 1:
+        raise ValueError("data.batch and accumulate must be at least 1")
+    if recipe.data.batch % parts:
+        near = max(recipe.data.batch // parts, 1) * parts
+        raise ValueError(
+            f"data.batch={recipe.data.batch} does not divide into {world_size} ranks x "
+            f"{recipe.accumulate} micro-batches; try --data.batch {near}"
+        )
+    values = [getattr(recipe.length, f.name) for f in fields(Length)]
+    given = [v for v in values if v is not None]
+    if len(given) != 1 or not 0 < given[0] < math.inf:
+        raise ValueError("the length must be one positive number of --kimg, --epochs or --steps")
+    if recipe.seed < 0 or recipe.data.workers < 0:
+        raise ValueError("--seed and --data.workers must not be negative")
+    _check_outputs(recipe)
+    for name, player in recipe.step.players().items():
+        _check_player(name, player)
+
+
+def _check_player(name: str, player: PlayerSettings) -> None:
+    for f in fields(player.network):
+        value = getattr(player.network, f.name)
+        sizes = value if isinstance(value, tuple) else (value,)
+        if any(type(v) is int and v < 1 for v in sizes):
+            raise ValueError(f"--{name}.{f.name} {value} is no size: give at least 1")
+    adam = player.optimizer
+    if not adam.lr > 0:
+        raise ValueError(f"--{name}.lr {adam.lr} must be positive")
+    if not all(0 <= beta < 1 for beta in adam.betas):
+        raise ValueError(f"--{name}.betas {adam.betas} must be at least 0 and below 1")
+
+
+def _check_outputs(recipe: Recipe) -> None:
+    outputs = recipe.outputs
+    for name in ("log_every", "sample_every", "checkpoint_every"):
+        if not getattr(outputs, name) > 0:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be positive (thousands of images)")
+    if outputs.keep < 1 or outputs.samples < 1:
+        raise ValueError("--keep and --samples must be at least 1")
+
+
+def total_images(recipe: Recipe, dataset_images: int) -> int:
+    """Length of the run in images, rounded up to whole batches."""
+    length, batch = recipe.length, recipe.data.batch
+    if length.steps is not None:
+        return length.steps * batch
+    images = length.kimg * 1000 if length.kimg is not None else length.epochs * dataset_images
+    return -(-round(images) // batch) * batch
+
+
+def image_spec(recipe: Recipe, classes: int = 0) -> ImageSpec:
+    """Shape of the recipe's images."""
+    return ImageSpec(recipe.data.channels, recipe.data.resolution, classes)
+
+
+def to_values(settings: Any) -> dict[str, Any]:
+    """Nested plain values of a settings dataclass, ready for JSON."""
+    values = {}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            value = to_values(value)
+        elif isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        values[f.name] = value
+    return values
+
+
+def from_values(default: Any, values: dict[str, Any]) -> Any:
+    """The settings of `default`'s type with stored values; fields that are not stored keep their
+    default. Raises ValueError for a stored field that no longer exists."""
+    known = {f.name for f in fields(default)}
+    if unknown := set(values) - known:
+        raise ValueError(f"stored settings {sorted(unknown)} are unknown to this version")
+    hints = typing.get_type_hints(type(default))
+    changes = {}
+    for name, value in values.items():
+        old = getattr(default, name)
+        if is_dataclass(old):
+            changes[name] = from_values(old, value)
+        elif isinstance(value, list):
+            changes[name] = tuple(value)
+        elif Path in typing.get_args(hints[name]) and value is not None:
+            changes[name] = Path(value)
+        else:
+            changes[name] = value
+    return replace(default, **changes)
+
+
+def flatten(settings: Any, prefix: str = "", flags: bool = False) -> dict[str, Any]:
+    """Settings as {dotted path: value}; with `flags`, named as on the command line."""
+    flat = {}
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        inline = flags and Inline in getattr(hints[f.name], "__metadata__", ())
+        path = prefix if inline else f"{prefix}{f.name}"
+        if is_dataclass(value):
+            flat |= flatten(value, path if inline else f"{path}.", flags)
+        else:
+            flat[path.replace("_", "-") if flags else path] = value
+    return flat
+
+
+def may_change(path: str) -> bool:
+    """Whether a resumed run may be given this setting anew."""
+    return path.startswith(tuple(MAY_CHANGE))
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The settings that define a run, by dotted path, as plain values."""
+    return {path: _plain(v) for path, v in flatten(recipe).items() if not may_change(path)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 1000 and 1000.0 are the same setting
+    return str(value) if isinstance(value, Path) else value
+
+
+def run_name(recipe: Recipe) -> str:
+    """A stable name for the run of these settings: the same command finds it again."""
+    text = json.dumps(identity(recipe), sort_keys=True)
+    return f"seed{recipe.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def contradictions(recipe: Recipe, stored: Recipe) -> list[str]:
+    """One line for each setting that defines the run and differs from the stored run's."""
+    now, before = identity(recipe), identity(stored)
+    flags = dict(zip(flatten(recipe), flatten(recipe, flags=True), strict=True))
+    return [
+        f"--{flags[path]}: the run has {before.get(path)}, this command says {now[path]}"
+        for path in now
+        if now[path] != before.get(path)
+    ]

@@ -1,0 +1,1 @@
+"""Recipes: one file per run, named as on the command line."""

@@ -1,0 +1,142 @@
+"""The run directory: its name, what it says of itself, and whether a command may go on with it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint import unused_name, write_synced
+from engine.recipe import Command, contradictions, digest, from_values, load, run_name, to_values
+from engine.settings import Recipe
+
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "tyro", "triton")
+
+
+class RunError(RuntimeError):
+    """The run directory is not free for this command."""
+
+
+def choose(command: Command, name: str) -> Path:
+    """The folder of the run that a command starts or goes on with. Only rank 0 calls it."""
+    folder = command.runs / name / (command.run or run_name(command.recipe))
+    if folder.parent != command.runs / name or folder.name in ("", ".", ".."):
+        raise ValueError(f"--run-name {command.run} must be a plain name, without folders")
+    if not command.fresh:
+        return folder
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    restarted += int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if restarted:  # a launcher's restart of this very command: go on with what it began
+        begun = [folder, *folder.parent.glob(f"{folder.name}.*")]
+        return max(
+            (f for f in begun if f.exists()), key=lambda f: f.stat().st_ctime, default=folder
+        )
+    return unused_name(folder)
+
+
+def read_recipe(folder: Path) -> tuple[str, Recipe, dict[str, Any]]:
+    """(recipe name, settings, the whole of recipe.json) of a run directory. Raises ValueError."""
+    path = folder / "recipe.json"
+    try:
+        content = json.loads(path.read_text())
+        return content["recipe"], from_values(load(content["recipe"]), content["values"]), content
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a run directory: it has no recipe.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
+
+
+def check_same(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """recipe.json of the run that is being resumed, None for a new one. Raises ValueError, showing
+    the differences, if the command's settings contradict the run's."""
+    if not (folder / "recipe.json").exists():
+        return None
+    _, stored, content = read_recipe(folder)
+    if lines := contradictions(recipe, stored):
+        raise ValueError(
+            f"{folder} was started with other settings:\n  "
+            + "\n  ".join(lines)
+            + "\nLeave them as they were, or choose another --run-name NAME, or add --fresh."
+        )
+    return content
+
+
+def write_recipe(folder: Path, name: str, recipe: Recipe, resolved: dict[str, Any]) -> None:
+    """Write recipe.json: the settings, how they were resolved here, and the provenance."""
+    content = {
+        "recipe": name,
+        "values": to_values(recipe),
+        "digest": digest(name),
+        "resolved": resolved,
+        "provenance": provenance(resolved["device"]),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / ".recipe.json"
+    write_synced(scratch, json.dumps(content, indent=1).encode())
+    os.replace(scratch, folder / "recipe.json")
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Versions, device, commit, command and time."""
+    return {
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "device": device,
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", "engine.train", *sys.argv[1:]]),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def commit() -> str:
+    """The source's git commit, with `+` if it was changed since; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    git += ["--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(
+            (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model
+        )
+    return f"CPU {model}, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run directory against a second process. Raises RunError if another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"{folder} is being trained by another process; use --run-name NAME"
+            ) from None
+        yield

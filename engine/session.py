@@ -1,0 +1,96 @@
+"""The live objects of a run, built from its recipe: networks, players, step, clock, noise key."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.compile import Compiler
+from engine.parallel import Ranks
+from engine.player import Player
+from engine.precision import Precision
+from engine.recipe import image_spec
+from engine.settings import Networks, PlayerSettings, Recipe, Values
+from engine.sync_bn import synchronised
+from kernels import philox
+from pipelines.batch import Batch, Clock
+
+
+@dataclass
+class Session:
+    """One run on one rank."""
+
+    recipe: Recipe
+    ranks: Ranks
+    clock: Clock
+    key: Tensor
+    players: dict[str, Player]
+    step: Callable[[Batch], Values]
+    salt: int = 0  # rises with each rollback, for a fresh stream of noise
+
+    def change_noise(self, salt: int) -> None:
+        """Go over to the noise streams of another salt."""
+        self.salt = salt
+        self.key.copy_(philox.make_key(self.recipe.seed, salt))
+
+    def samplers(self) -> Networks:
+        """The networks to show and measure, in the mode they are in."""
+        return {name: player.sampler for name, player in self.players.items()}
+
+    def state_tensors(self) -> list[Tensor]:
+        """Every tensor that a step changes besides parameters and optimizer state."""
+        return [b for p in self.players.values() for b in p.network.buffers()]
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Steps inside compute everything but reduce no gradient and update nothing."""
+        for player in self.players.values():
+            player.rehearsing = True
+        try:
+            yield
+        finally:
+            for player in self.players.values():
+                player.rehearsing = False
+                player.optimizer.zero_grad(set_to_none=True)
+
+
+def build_networks(recipe: Recipe, classes: int = 0) -> Networks:
+    """Each player's network with fresh parameters, the same for a seed on every device and rank."""
+    networks: dict[str, nn.Module] = {}
+    with torch.random.fork_rng(devices=[]):
+        for i, (name, settings) in enumerate(recipe.step.players().items()):
+            torch.manual_seed(recipe.seed * 1000 + i)
+            networks[name] = settings.network.build(image_spec(recipe, classes))
+    return networks
+
+
+def start(
+    recipe: Recipe,
+    ranks: Ranks,
+    precision: Precision,
+    compiler: Compiler,
+    total_images: int,
+    classes: int = 0,
+) -> Session:
+    """Build everything of a run but its pipeline. Raises ValueError for sizes that do not fit."""
+    clock = Clock(recipe.data.batch, ranks.device, rank=ranks.rank, world_size=ranks.world_size)
+    key = philox.make_key(recipe.seed, device=ranks.device)
+    players: dict[str, Player] = {}
+    settings: dict[str, PlayerSettings] = recipe.step.players()
+    for name, network in build_networks(recipe, classes).items():
+        if recipe.sync_bn and ranks.world_size > 1:
+            network = synchronised(network, ranks.device)
+        players[name] = Player(
+            name,
+            settings[name],
+            network.to(ranks.device, memory_format=torch.channels_last).train(),
+            ranks=ranks,
+            clock=clock,
+            precision=precision,
+            compiler=compiler,
+            accumulate=recipe.accumulate,
+            total_images=total_images,
+        )
+    return Session(recipe, ranks, clock, key, players, recipe.step.start(players, key))

@@ -1,0 +1,156 @@
+"""The parts of a recipe: frozen dataclasses that tyro overrides and JSON stores."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from torch import Tensor, nn
+
+from pipelines.settings import Data
+
+if TYPE_CHECKING:
+    from engine.player import Player
+    from pipelines.batch import Batch
+
+Networks = dict[str, nn.Module]  # a player's network by the player's name
+Values = dict[str, Tensor]  # named 0-d device tensors
+
+Inline = tyro.conf.arg(name="")  # the part's fields become flags without the part's own prefix
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Shape of the images that a network sees or makes, and the classes of their dataset."""
+
+    channels: int
+    resolution: int
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class Network:
+    """Sizes of a network; a subclass holds them as fields and builds the module."""
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        """The module with fresh parameters; raises ValueError where the sizes do not fit."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma and Ba 2015) with a learning rate that may warm up and decay, in images."""
+
+    lr: float = 2e-4
+    """Learning rate."""
+    betas: tuple[float, float] = (0.5, 0.999)
+    """Decay rates of the first and second moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    warmup_kimg: float = 0.0
+    """Thousands of images over which the learning rate rises linearly from zero."""
+    decay_kimg: float = 0.0
+    """Thousands of images, at the end of the run, over which it falls linearly to zero; at most
+    the run's second half."""
+
+
+@dataclass(frozen=True)
+class PlayerSettings:
+    """The networks that one optimizer updates together."""
+
+    network: Annotated[Network, Inline]
+    optimizer: Annotated[Adam, Inline] = Adam()
+    ema_kimg: float = 0.0
+    """Half-life of the moving average of the weights, in thousands of images; 0 keeps none."""
+    clip: float = 0.0
+    """Largest norm of the player's gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """Length of the run; exactly one is given."""
+
+    kimg: float | None = None
+    """In thousands of images."""
+    epochs: float | None = None
+    """In passes over the dataset."""
+    steps: int | None = None
+    """In iterations."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """When a run writes what, in thousands of images. May change on resume."""
+
+    log_every: float = 2.0
+    """Statistics, and the terminal's figures."""
+    sample_every: float = 50.0
+    """Sample grid, held-out evaluation and report."""
+    samples: int = 64
+    """Images in a sample grid."""
+    checkpoint_every: float = 50.0
+    """Checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    keep_every: float = 0.0
+    """Checkpoints at multiples of this many thousand images are kept for good; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A training algorithm: its players, and how one iteration updates them.
+
+    A subclass, one per file of `engine/steps/`, has one PlayerSettings field per player, in the
+    order in which they are built. What a family cannot do raises ValueError saying so.
+    """
+
+    def players(self) -> dict[str, PlayerSettings]:
+        """Settings of each player by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: v for name, v in values.items() if isinstance(v, PlayerSettings)}
+
+    def start(self, players: "dict[str, Player]", key: Tensor) -> "Callable[[Batch], Values]":
+        """The step of a run: a callable that performs one iteration on a batch and returns named
+        0-d device tensors. `key` is the run's noise key (see `kernels.philox`)."""
+        raise NotImplementedError
+
+    def latent_dim(self) -> int:
+        """Length of the latent vector."""
+        raise ValueError("this recipe's model has no latent vector")
+
+    def decode(self, networks: "Networks", z_NL: Tensor) -> Tensor:
+        """Images (N C H W in [-1, 1]) from latent vectors, by networks in eval mode."""
+        raise ValueError("this recipe's model does not generate images from latent vectors")
+
+    def reconstruct(self, networks: "Networks", images_NCHW: Tensor) -> Tensor:
+        """What the model makes of given images (N C H W in [-1, 1])."""
+        raise ValueError("this recipe's model does not reconstruct images")
+
+    def held_out(self, networks: "Networks", batch: "Batch", key: Tensor) -> "Values":
+        """Named figures per image (N,) on a held-out batch; empty where the family has none."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole definition of a run."""
+
+    step: Annotated[Algorithm, Inline]
+    data: Data = Data()
+    length: Annotated[Length, Inline] = Length(kimg=1000)
+    outputs: Annotated[Outputs, Inline] = Outputs()
+    seed: int = 0
+    """Seed of the weights, the data order and all noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast dtype; auto takes bf16 where the hardware has it, fp16 (scaled) is for GPUs."""
+    compile: Literal["auto", "off", "required"] = "auto"
+    """torch.compile of the loss functions; auto says in one line where it runs eager and why."""
+    accumulate: int = 1
+    """Micro-batches per update; gradients are reduced over ranks once per update."""
+    sync_bn: bool = False
+    """BatchNorm statistics over the batch of all ranks in place of each rank's own."""
+    on_nan: Literal["stop", "rollback"] = "stop"
+    """At a non-finite loss or gradient: stop, or go on from the last good checkpoint with new
+    noise (at most 3 times)."""

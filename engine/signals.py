@@ -1,0 +1,54 @@
+"""SIGTERM and SIGINT ask for a stop at the end of the iteration; all ranks leave together."""
+
+import os
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from engine.parallel import Ranks
+
+
+class StopRequest:
+    """Whether this run was asked to stop, agreed over ranks without waiting for the device.
+
+    The ranks' flags are reduced on the host while the next iteration runs, so agreement lags one
+    iteration and costs no stall. A second SIGINT leaves at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._flag = torch.zeros(1)
+        self._pending: dist.Work | None = None
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+
+    def restore(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(130)
+        self.signal = signal.Signals(number)
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """True on every rank at the same iteration once any was asked. Called each iteration."""
+        if ranks.world_size == 1:
+            return self.signal is not None
+        stop = False
+        if self._pending is not None:
+            self._pending.wait()
+            stop = bool(self._flag[0])
+        if not stop:
+            self._flag = torch.full((1,), float(self.signal is not None))
+            self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, async_op=True)
+        return stop
+
+    def settle(self) -> None:
+        """Finish the last reduction, before other collectives or the end."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None

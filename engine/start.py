@@ -1,0 +1,251 @@
+"""Everything before the first step: from a command to a run that is ready to train."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from engine import checkpoint, parallel, run, session
+from engine.compile import Compiler, choose_compile, compile_obstacle, graphs, rehearse
+from engine.describe import Cost
+from engine.display import Display
+from engine.monitors import Monitors
+from engine.parallel import Ranks
+from engine.precision import Precision, choose_precision
+from engine.recipe import Command, total_images
+from engine.session import Session
+from engine.settings import Recipe
+from engine.signals import StopRequest
+from engine.snapshot import Snapshots
+from engine.stats import Record, Stats
+from pipelines.datasets import BadImage, Dataset, DatasetMissing, find
+from pipelines.open import Pipeline, open_pipeline
+from pipelines.settings import Data
+
+PATIENCE_S = 10.0  # what another rank gives rank 0 to say the same first
+
+
+@dataclass
+class Training:
+    """A run that is ready to train, on one rank; record, snapshots exist on rank 0 alone."""
+
+    name: str
+    folder: Path
+    session: Session
+    pipeline: Pipeline
+    total: int
+    facts: dict[str, Any]
+    display: Display
+    stop: StopRequest
+    stats: Stats
+    exits: ExitStack
+    record: Record | None = None
+    snapshots: Snapshots | None = None
+    to_go_on: str = "the same command goes on"
+    monitors: Monitors = field(default_factory=Monitors)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Leave with one message from rank 0 alone, before there is a process group.
+
+    Another rank waits for rank 0 to have said the same, and to be stopped by the launcher; if it
+    is still there then, the trouble is its own.
+    """
+    rank = parallel.environment()[0]
+    if rank:
+        time.sleep(PATIENCE_S)
+        message = f"rank {rank} on {socket.gethostname()}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(code) if rank else sys.exit(code)
+
+
+def find_dataset(data: Data) -> Dataset:
+    """The recipe's dataset; where it is to be fetched, one local rank does and the others wait.
+
+    Raises DatasetMissing, or ValueError naming a setting.
+    """
+    if not data.download or parallel.environment()[1] == 0:
+        return find(data)
+    while True:  # a rank that fails to fetch it ends the others through the launcher
+        try:
+            return find(replace(data, download=False))
+        except DatasetMissing:
+            time.sleep(1)
+
+
+def begin(
+    command: Command, name: str, dataset: Dataset, device: torch.device, cost: Cost
+) -> Training:
+    """Join the ranks, open or make the run directory, build everything, load the newest checkpoint,
+    compile. Raises ValueError, RunError, CheckpointError, CompileError or BadImage."""
+    stop, exits = StopRequest(), ExitStack()
+    exits.callback(stop.restore)
+    try:
+        ranks = parallel.start(device)
+        exits.callback(parallel.stop)
+        exits.callback(stop.settle)
+        return _prepare(command, name, dataset, ranks, cost, stop, exits)
+    except BaseException:
+        exits.close()
+        raise
+
+
+def _prepare(
+    command: Command,
+    name: str,
+    dataset: Dataset,
+    ranks: Ranks,
+    cost: Cost,
+    stop: StopRequest,
+    exits: ExitStack,
+) -> Training:
+    recipe = command.recipe
+    folder = _agree(ranks, lambda: run.choose(command, name))
+    before = _agree(ranks, lambda: _open_folder(exits, folder, recipe))
+    total = total_images(recipe, len(dataset))
+    display = exits.enter_context(Display(total, f"{name} {folder.name}", quiet=ranks.rank > 0))
+    flops = cost.flops_per_image * total / ranks.world_size
+    precision, compiler = _resolve(recipe, ranks, flops, before)
+    live = session.start(recipe, ranks, precision, compiler, total, len(dataset.classes))
+    facts = {
+        "recipe": name,
+        "dataset": dataset.fingerprint(),
+        "dataset_images": len(dataset),
+        "classes": len(dataset.classes),
+    }
+    resumed = _resume(live, folder, facts, display)
+    pipeline = open_pipeline(
+        dataset, recipe.data, live.clock, recipe.seed, live.key, say=display.line
+    )
+    exits.callback(pipeline.close)
+    resolved = {
+        "device": run.device_name(ranks.device),
+        "device_type": ranks.device.type,
+        "precision": [precision.name, precision.reason],
+        "compile": [compiler.active, compiler.reason],
+        "pipeline": [pipeline.name, pipeline.choice],
+    }
+    for line in _introduction(resolved, ranks, dataset):
+        display.line(line)
+    t = Training(name, folder, live, pipeline, total, facts, display, stop, Stats(ranks), exits)
+    if command.fresh:
+        t.to_go_on = f"the same command with --run-name {folder.name} in place of --fresh goes on"
+    _agree(ranks, lambda: _open_outputs(t, dataset, None if before else resolved, resumed))
+    if compiler.active and live.clock.images < total:
+        _compile(live, pipeline, display)
+    return t
+
+
+def _open_outputs(
+    t: Training, dataset: Dataset, resolved: dict[str, Any] | None, resumed: bool
+) -> None:
+    """Open what rank 0 writes; recipe.json too where the run is new."""
+    images = t.session.clock.images
+    if resolved:
+        run.write_recipe(t.folder, t.name, t.session.recipe, resolved)
+    t.record = Record(t.folder, images, t.session.recipe.data.batch)
+    t.exits.callback(t.record.close)
+    t.snapshots = Snapshots(t.session, t.folder, dataset)
+    t.exits.callback(t.snapshots.close)
+    t.record.event(images, "resume" if resumed else "start", str(t.folder))
+
+
+def _agree(ranks: Ranks, check_on_rank_0: Callable[[], Any]) -> Any:
+    """Rank 0's result, or its ValueError, RunError or BadImage, on every rank; what the disk
+    refuses is a RunError."""
+    answer: tuple[Any, Exception | None] = (None, None)
+    if ranks.rank == 0:
+        try:
+            answer = (check_on_rank_0(), None)
+        except (ValueError, run.RunError, BadImage) as error:
+            answer = (None, error)
+        except OSError as error:
+            text = f"cannot write the run folder ({error}); --runs names another place"
+            answer = (None, run.RunError(text))
+    result, error = ranks.share(answer)
+    if error:
+        raise error
+    return result
+
+
+def _open_folder(exits: ExitStack, folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    stored = run.check_same(folder, recipe)
+    exits.enter_context(run.locked(folder))
+    return stored
+
+
+def _resolve(
+    recipe: Recipe, ranks: Ranks, flops: float, before: dict[str, Any] | None
+) -> tuple[Precision, Compiler]:
+    """Precision and compilation, as they were resolved when the run began on such a device."""
+    precision = choose_precision(recipe.precision, ranks.device)
+    obstacle = compile_obstacle(recipe.sync_bn, ranks.world_size)
+    compiler = choose_compile(recipe.compile, ranks.device, flops, obstacle)
+    if before and before["resolved"]["device_type"] == ranks.device.type:
+        name, _ = before["resolved"]["precision"]
+        active, _ = before["resolved"]["compile"]
+        precision = Precision(name, "as when the run began", ranks.device.type)
+        if active != compiler.active and not (active and obstacle):
+            compiler = Compiler(active, "as when the run began", compiler.required)
+    return precision, compiler
+
+
+def _resume(live: Session, folder: Path, facts: dict[str, Any], display: Display) -> bool:
+    """Load the newest whole checkpoint, if there is one."""
+    newest = None
+    if live.ranks.rank == 0:
+        newest = checkpoint.newest_whole(folder / "checkpoints", display.warn, set_aside=True)
+    newest = live.ranks.share(newest)
+    if newest is None:
+        return False
+    loaded = checkpoint.read(newest, live.ranks.rank)
+    if loaded.index["dataset"] != facts["dataset"]:
+        raise ValueError(
+            f"the dataset is not the one that {folder} was trained on ({facts['dataset_images']} "
+            f"images now, {loaded.index['dataset_images']} then, or changed files); restore it, "
+            f"or start another run with --fresh"
+        )
+    checkpoint.restore(live, loaded)
+    display.line(f"resuming {folder} from {loaded.images:,} images")
+    return True
+
+
+def _introduction(resolved: dict[str, Any], ranks: Ranks, dataset: Dataset) -> list[str]:
+    images = f"{len(dataset):,} images"
+    lines = [f"data: {dataset.name}, {images}" + (f" ({dataset.note})" if dataset.note else "")]
+    lines.append(f"pipeline: {resolved['pipeline'][1]}")
+    share = f" on {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+    lines.append(f"device: {resolved['device']}{share}")
+    lines.append("precision: {} ({})".format(*resolved["precision"]))
+    active, reason = resolved["compile"]
+    lines.append(f"compile: {'on' if active else 'off'} ({reason})")
+    return lines
+
+
+def _compile(live: Session, pipeline: Pipeline, display: Display) -> None:
+    began = time.monotonic()
+    pipeline.ready(live.clock)
+    batch = pipeline.batch(live.clock)
+    with live.rehearsing():
+        rehearse(
+            lambda: live.step(batch),
+            live.state_tensors(),
+            next(iter(live.players.values())).compiler,
+            live.ranks,
+            display.line,
+        )
+    new, cached = (sum(n) for n in zip(*live.ranks.gather(graphs()), strict=True))
+    seconds = time.monotonic() - began
+    display.line(f"compiled in {seconds:.0f} s: {new} graphs new, {cached} from the cache")

@@ -1,0 +1,116 @@
+"""Statistics: summed on the device, read once per logging tick, written to stats.jsonl and
+TensorBoard. The only place of the loop where values come to the host."""
+
+import json
+import logging
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.parallel import Ranks
+from engine.settings import Values
+
+
+class Stats:
+    """Running means of what a step reports."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._names: list[str] = []
+        self._sums: list[Tensor] = []
+        self._count = 0
+
+    def add(self, values: Values) -> None:
+        """Take in one iteration's values (0-d device tensors); no synchronisation."""
+        current = [v.detach().float() for v in values.values()]
+        if not self._sums:
+            self._names, self._sums = list(values), [torch.zeros_like(v) for v in current]
+        torch._foreach_add_(self._sums, current)
+        self._count += 1
+
+    def read(self, extra: Values | None = None) -> dict[str, float]:
+        """Means over iterations and ranks since the last reading, and `extra` (means over ranks);
+        synchronises once."""
+        extra = extra or {}
+        if not self._count:
+            return {}
+        scaled = [s / self._count for s in self._sums] + [
+            v.detach().float() for v in extra.values()
+        ]
+        values = self.ranks.mean(torch.stack(scaled)).tolist()
+        for total in self._sums:
+            total.zero_()
+        self._count = 0
+        return dict(zip((*self._names, *extra), values, strict=True))
+
+
+class Record:
+    """stats.jsonl and TensorBoard events of a run, written by rank 0."""
+
+    def __init__(self, folder: Path, images: int, batch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        self.path, self.batch = folder / "stats.jsonl", batch
+        self.seconds = forget_after(self.path, images)
+        self._began = time.monotonic() - self.seconds
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=images + 1)
+
+    def values(self, images: int, values: dict[str, float]) -> None:
+        """Append one tick's values."""
+        clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._append({"images": images, "step": images // self.batch, "values": clean})
+        for name, value in values.items():
+            self.board.add_scalar(name, value, images)
+
+    def event(self, images: int, event: str, text: str) -> None:
+        """Append something that happened: start, resume, warning, nan, rollback, finish."""
+        self._append({"images": images, "event": event, "text": text})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        entry["seconds"] = round(time.monotonic() - self._began, 3)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        """Write out what TensorBoard holds back."""
+        self.board.close()
+
+
+def forget_after(path: Path, images: int) -> float:
+    """Drop entries past the place from which a run goes on, and a torn last line; gives the
+    seconds trained until there."""
+    if not path.exists():
+        return 0.0
+    kept, seconds = [], 0.0
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["images"] <= images:
+            kept.append(line)
+            seconds = max(seconds, entry.get("seconds", 0.0))
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(scratch, path)
+    return seconds
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Training algorithms, one per file: the ordered updates of one iteration."""

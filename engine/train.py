@@ -1,0 +1,161 @@
+"""Train a recipe: python -m engine.train RECIPE [overrides], alone or under torchrun.
+
+The same command goes on with a run that was stopped or killed. `--list` shows the recipes,
+`RECIPE --help` every setting, `RECIPE --dry-run` what would be trained and how.
+"""
+
+import sys
+import time
+
+import torch
+from rich.console import Console
+
+from engine import BEGAN, checkpoint, describe, progress
+from engine import recipe as recipes
+from engine.compile import CompileError, choose_compile, compile_obstacle
+from engine.failure import NonFinite, roll_back, write_evidence
+from engine.parallel import choose_device, environment
+from engine.precision import choose_precision
+from engine.run import RunError, device_name
+from engine.start import Training, begin, fail, find_dataset
+from engine.stats import synchronize
+from pipelines.datasets import BadImage, Dataset, DatasetMissing
+from pipelines.pack import CacheUnusable
+
+FAILURES = (
+    RunError,
+    checkpoint.CheckpointError,
+    CompileError,
+    BadImage,
+    CacheUnusable,
+    NonFinite,
+    OSError,  # the disk's: pictures of a tick are forgiven there, all else ends here
+)
+
+
+def loop(t: Training) -> bool:
+    """Train to the end or to a stop request; whether the end was reached.
+
+    Raises NonFinite, CheckpointError or BadImage.
+    """
+    clock, outputs = t.session.clock, t.session.recipe.outputs
+    pace, first = progress.Pace(clock.images), True
+    while clock.images < t.total:
+        waiting = time.monotonic()
+        t.pipeline.ready(clock)
+        batch = t.pipeline.batch(clock)
+        pace.waited += time.monotonic() - waiting
+        t.stats.add(t.session.step(batch))
+        clock.advance()
+        if first:
+            synchronize(clock.device)
+            t.display.first_step(time.monotonic() - BEGAN)
+            first = False
+        last, stop = clock.images >= t.total, t.stop.agreed(t.session.ranks)
+        sample = last or progress.due(clock, outputs.sample_every)
+        save = last or stop or progress.due(clock, outputs.checkpoint_every)
+        if sample or save or progress.due(clock, outputs.log_every):
+            pace = progress.tick(t, pace, sample)
+        if save:
+            progress.save(t)
+        if stop and not last:
+            return False
+    return True
+
+
+def train_with_rollbacks(t: Training) -> bool:
+    """The loop, gone back to the last good checkpoint after a non-finite value if so asked."""
+    if t.session.recipe.on_nan == "rollback" and t.session.clock.images == 0:
+        progress.save(t)  # something to go back to from the first iteration on
+    while True:
+        try:
+            return loop(t)
+        except NonFinite as failure:
+            write_evidence(t, failure)
+            roll_back(t, failure)
+
+
+def run_command(command: recipes.Command, name: str) -> int:
+    """Check, start, train and finish; exit code. Prints one message for what goes wrong."""
+    try:
+        recipes.check(command.recipe, environment()[2])
+        device = choose_device(command.recipe.device)
+        choose_precision(command.recipe.precision, device)
+        dataset = find_dataset(command.recipe.data)
+        cost = describe.cost(command.recipe, len(dataset.classes))
+        if command.dry_run:
+            dry_run(command.recipe, name, device, dataset, cost)
+            return 0
+        t = begin(command, name, dataset, device, cost)
+    except ValueError as error:
+        fail(str(error), 2)
+    except (DatasetMissing, *FAILURES) as error:
+        fail(str(error), 1)
+    with t.exits:
+        try:
+            if t.session.clock.images >= t.total:
+                progress.already_finished(t)
+            elif train_with_rollbacks(t):
+                progress.finish(t)
+            else:
+                progress.stopped(t)
+        except FAILURES as error:
+            t.display.close()
+            if t.session.ranks.rank == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
+    return 0
+
+
+def dry_run(
+    recipe: recipes.Recipe, name: str, device: torch.device, dataset: Dataset, cost: describe.Cost
+) -> None:
+    """Print the resolved recipe and how it would run."""
+    if environment()[0]:
+        return
+    ranks = environment()[2]
+    total = recipes.total_images(recipe, len(dataset))
+    precision = choose_precision(recipe.precision, device)
+    obstacle = compile_obstacle(recipe.sync_bn, ranks)
+    compiler = choose_compile(
+        recipe.compile, device, cost.flops_per_image * total / ranks, obstacle
+    )
+    units = ", ".join(cost.units) if compiler.active else "nothing"
+    facts = {
+        "dataset": f"{dataset.name}, {len(dataset):,} images"
+        + (f" ({dataset.note})" if dataset.note else ""),
+        "length": f"{total:,} images, {total // recipe.data.batch:,} steps",
+        "FLOPs per image": f"{cost.flops_per_image / 1e6:,.1f} million (all updates, both passes)",
+        "device": f"{device_name(device)}, {ranks} rank(s)",
+        "precision": f"{precision.name} ({precision.reason})",
+        "compile": f"{units} ({compiler.reason})",
+    }
+    describe.show(Console(), name, recipe, facts, len(dataset.classes))
+
+
+def list_recipes() -> None:
+    """Print every recipe with its one-line description."""
+    width = max(len(n) for n in recipes.names())
+    for name in recipes.names():
+        print(f"{name:{width}}  {recipes.summary(name)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "--list":
+        list_recipes()
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        print(__doc__)
+        list_recipes()
+        return 0 if "--help" in arguments or "-h" in arguments else 2
+    try:
+        command = recipes.parse(arguments[0], arguments[1:])
+    except ValueError as error:
+        fail(str(error), 2)
+    return run_command(command, arguments[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What a pipeline hands to a step, and the clock that says which images come next."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One rank's slice of a global batch, on the device.
+
+    images_NCHW: float32 in [-1, 1], in the memory format asked for.
+    labels_N: int64 classes, or None where the dataset has none.
+    position_N: int64, each image's place in the run's endless stream of images; latents, flips
+        and every other random draw of an image are a function of it.
+    """
+
+    images_NCHW: Tensor
+    labels_N: Tensor | None
+    position_N: Tensor
+
+
+@dataclass
+class Clock:
+    """How many images of the stream the run has seen, on the host and on the device alike.
+
+    A step and a pipeline read `device_images` (int64, 0-d), so that a captured graph advances by
+    itself; the loop reads `images`, which needs no synchronisation.
+    """
+
+    batch: int
+    device: torch.device
+    images: int = 0
+    rank: int = 0
+    world_size: int = 1
+    device_images: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device_images = torch.tensor(self.images, dtype=torch.int64, device=self.device)
+        share = self.batch // self.world_size
+        self._offset_N = torch.arange(share, device=self.device) + self.rank * share
+
+    def position_N(self) -> Tensor:
+        """Stream positions of this rank's slice of the current batch, int64 (batch / world,)."""
+        return self.device_images + self._offset_N
+
+    def advance(self) -> None:
+        """Go on to the next global batch."""
+        self.images += self.batch
+        self.device_images += self.batch
+
+    def seek(self, images: int) -> None:
+        """Go to a place in the stream, as a resumed run does."""
+        self.images = images
+        self.device_images.fill_(images)

@@ -1,0 +1,232 @@
+"""Which dataset does a recipe mean, where does it lie, and what if it is not there?
+
+`find` only looks (and downloads if asked to): it starts nothing, so a missing set is known before
+the process group and before any compile. Nothing is ever replaced by synthetic images.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from pipelines import layouts
+from pipelines.images import BadImage, Fit
+from pipelines.settings import Data
+from pipelines.sources import ArraySet, Dataset, FileSet, Synthetic
+
+__all__ = ["BadImage", "Dataset", "DatasetMissing", "NoSplit", "download", "find"]
+
+DIGITS = tuple(str(digit) for digit in range(10))
+CLOTHES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+THINGS = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+CELEBA_IMAGES = 202_599
+DOWNLOADS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+DOWNLOADS |= {"celeba": "CelebA"}
+NAMES = ("digits", *DOWNLOADS, "folder", "synthetic")
+
+
+class DatasetMissing(Exception):
+    """A dataset is not where it was looked for; the message has the places and the remedies."""
+
+
+class NoSplit(Exception):
+    """The dataset is there, but it has no images of this split."""
+
+
+def find(data: Data, split: str = "train") -> Dataset:
+    """The dataset of a recipe. Raises DatasetMissing, NoSplit, or ValueError naming a setting."""
+    if data.name not in NAMES:
+        raise ValueError(f"data.name={data.name!r} is unknown: choose one of {', '.join(NAMES)}")
+    if data.name == "folder" and data.path is None:
+        raise ValueError("data.name=folder needs --data.path, the folder that holds the images")
+    if data.resolution < 1 or (data.crop is not None and data.crop < 1):
+        raise ValueError("data.resolution and data.crop must be positive")
+    try:
+        return _look(data, split)
+    except DatasetMissing:
+        if not data.download:
+            raise
+    download(data)
+    return _look(data, split)
+
+
+def download(data: Data) -> None:
+    """Fetch a dataset into the root folder with torchvision; DatasetMissing if that fails."""
+    if data.name not in DOWNLOADS:
+        raise DatasetMissing(_missing_text(data, f"torchvision cannot fetch {data.name!r}"))
+    if data.path is not None:
+        raise ValueError("--data.download fetches into data.root: leave --data.path out")
+    import torchvision.datasets
+
+    root = data.root_folder()
+    options = {"split": "all"} if data.name == "celeba" else {}
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        getattr(torchvision.datasets, DOWNLOADS[data.name])(str(root), download=True, **options)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        failed = f"--data.download of {data.name!r} into {root} failed: {line}"
+        raise DatasetMissing(_missing_text(data, failed)) from error
+
+
+def _look(data: Data, split: str) -> Dataset:
+    fit = Fit(data.resolution, data.channels, data.crop)
+    match data.name:
+        case "mnist":
+            return _idx(data, split, fit, DIGITS, ("MNIST/raw", "mnist", "MNIST", "mnist/raw"))
+        case "fashion_mnist":
+            places = ("FashionMNIST/raw", "fashion_mnist", "FashionMNIST", "fashion-mnist")
+            return _idx(data, split, fit, CLOTHES, places)
+        case "cifar10":
+            return _cifar10(data, split, fit)
+        case "celeba":
+            return _celeba(data, split, fit)
+        case "folder":
+            return _folder(data, split, fit)
+        case "digits":
+            return _digits(split, fit)
+        case _:
+            start, count = (0, 4000) if split == "train" else (4000, 1000)
+            return Synthetic("synthetic", split, fit, start=start, count=count)
+
+
+def _idx(data: Data, split: str, fit: Fit, classes: tuple, places: tuple[str, ...]) -> Dataset:
+    stem, full = ("train", 60_000) if split == "train" else ("t10k", 10_000)
+    folders = _folders(data, places, within=("", "raw"))
+    for folder in folders:
+        images = layouts.idx_file(folder, f"{stem}-images", 3)
+        labels = layouts.idx_file(folder, f"{stem}-labels", 1)
+        if images and labels:
+            pixels, label = layouts.read_idx(images), layouts.read_idx(labels)
+            if len(pixels) != len(label):
+                raise BadImage.of(labels, f"{len(label)} labels for {len(pixels)} images")
+            note = _subset(len(pixels), full)
+            label = label.astype(np.int64)
+            return ArraySet(data.name, split, fit, label, classes, note, pixels[:, None])
+    names = f"{stem}-images-idx3-ubyte[.gz] and {stem}-labels-idx1-ubyte[.gz]"
+    raise DatasetMissing(_missing_text(data, looked=(names, folders)))
+
+
+def _cifar10(data: Data, split: str, fit: Fit) -> Dataset:
+    places = ("cifar-10-batches-py", "cifar10/cifar-10-batches-py", "cifar10")
+    folders = _folders(data, places, within=("", "cifar-10-batches-py"))
+    numbers = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    full = 50_000 if split == "train" else 10_000
+    for folder in folders:
+        batches = [folder / name for name in numbers if (folder / name).is_file()]
+        if batches:
+            images, labels = layouts.read_cifar(batches)
+            note = _subset(len(images), full)
+            return ArraySet("cifar10", split, fit, labels, THINGS, note, images)
+        if (folder / split).is_dir() and len(names := layouts.list_images(folder / split)):
+            labels, classes = layouts.class_labels(names)
+            note = _subset(len(names), full)
+            return FileSet("cifar10", split, fit, labels, classes, note, folder / split, names)
+    wanted = f"{', '.join(numbers)}, or {split}/<class>/*.png"
+    raise DatasetMissing(_missing_text(data, looked=(wanted, folders)))
+
+
+def _celeba(data: Data, split: str, fit: Fit) -> Dataset:
+    places = ("celeba/img_align_celeba", "img_align_celeba", "CelebA/img_align_celeba")
+    folders = _folders(data, places, within=("img_align_celeba", ""))
+    # Kaggle's archive has the folder twice, one in the other
+    for folder in [f / "img_align_celeba" for f in folders] + folders:
+        names = layouts.list_images(folder)
+        if len(names):
+            break
+    else:
+        raise DatasetMissing(_missing_text(data, looked=("*.jpg", folders)))
+    note = _subset(len(names), CELEBA_IMAGES)
+    lists = [folder.parent, folder, folder.parent.parent]
+    partition = next((p for f in lists if (p := layouts.read_partition(f)) is not None), None)
+    if partition is not None:
+        wanted = 0 if split == "train" else 2
+        stems = [Path(bytes(name).decode(errors="surrogateescape")).stem for name in names]
+        names = names[[partition.get(stem) == wanted for stem in stems]]
+    if (partition is None and split != "train") or not len(names):
+        why = "no list_eval_partition" if partition is None else "none of that partition here"
+        raise NoSplit(f"celeba in {folder} has no {split} images ({why})")
+    return FileSet("celeba", split, fit, None, (), note, folder, names)
+
+
+def _folder(data: Data, split: str, fit: Fit) -> Dataset:
+    folder = layouts.split_folder(data.path, split)
+    if folder is None:
+        raise NoSplit(
+            f"the image folder {data.path} has no {split} images (no {split}/ beside train/)"
+        )
+    names = layouts.list_images(folder)
+    if not len(names):
+        wanted = "images (" + " ".join(layouts.SUFFIXES) + ")"
+        raise DatasetMissing(_missing_text(data, looked=(wanted, [folder])))
+    labels, classes = layouts.class_labels(names)
+    return FileSet("folder", split, fit, labels, classes, "", folder, names)
+
+
+def _digits(split: str, fit: Fit) -> Dataset:
+    if split != "train":
+        raise NoSplit("digits has no test images: all 1,797 are used for training")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    labels = bunch.target.astype(np.int64)
+    return ArraySet("digits", split, fit, labels, DIGITS, "", pixels[:, None])
+
+
+def _folders(data: Data, places: tuple[str, ...], within: tuple[str, ...]) -> list[Path]:
+    """Where to look: the usual places under the root, or in `data.path` if that is given."""
+    if data.path is not None:
+        return [data.path / name for name in within]
+    return [data.root_folder() / place for place in places]
+
+
+def _subset(found: int, full: int) -> str:
+    return f"subset: {found:,} of {full:,} images" if found < full else ""
+
+
+def _missing_text(data: Data, why: str = "", looked: tuple[str, list[Path]] | None = None) -> str:
+    """The whole message: what was looked for, where, and what can be done about it."""
+    lines = [why or f"dataset {data.name!r} not found"]
+    if looked is not None:
+        lines += [f"  looked for: {looked[0]}"]
+        lines += [f"  in: {folder.absolute()}" for folder in looked[1]]
+    fetch = "fetches it with torchvision into the root"
+    if data.name not in DOWNLOADS:
+        fetch = f"fetches {', '.join(DOWNLOADS)} only, not {data.name!r}"
+    return "\n".join(
+        [
+            *lines,
+            "remedies:",
+            "  SADDLE_DATA=/folder (or --data.root, --data.path)  says where the data is",
+            f"  --data.download  {fetch}",
+            "  --data.name synthetic  runs on computed images instead",
+        ]
+    )
+
+
+def decode_some(dataset: Dataset, rows: Iterable[int], count: int, skip: bool) -> np.ndarray:
+    """The first `count` images, or fewer if there are no more, of these rows: uint8 (N, C, H, W).
+
+    A corrupt image is left out if `skip`; otherwise, or if all are corrupt, raises BadImage.
+    """
+    images: list[np.ndarray] = []
+    problem: BadImage | None = None
+    for row in rows:
+        if len(images) == count:
+            break
+        try:
+            images.append(dataset.decode(row))
+        except BadImage as error:
+            if not skip:
+                raise
+            problem = error
+    if problem and not images:
+        raise problem
+    return np.stack(images)

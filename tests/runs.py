@@ -1,0 +1,148 @@
+"""Runs through the real command line, and what tests read of a run directory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint
+from engine.recipe import flatten, load
+from engine.settings import Adam, Network, Recipe
+
+ROOT = Path(__file__).parent.parent
+QUICK = ("--log-every", "0.02", "--sample-every", "1000", "--checkpoint-every", "1000")
+
+
+def command(arguments: list[str], ranks: int = 1) -> list[str]:
+    """The command line of a run, through torchrun where there are several ranks."""
+    train = ["-m", "engine.train", *arguments]
+    if ranks == 1:
+        return [sys.executable, *train]
+    # --standalone picks a free port, so that tests do not meet on one
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *launch, *train]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread per process: the ranks of a test share two cores."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"} | extra
+
+
+def train(*arguments: str, ranks: int = 1, code: int = 0, **extra: str) -> str:
+    """Run to the end; its output. Fails if the exit code is not the expected one."""
+    done = subprocess.run(
+        command(list(arguments), ranks),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(**extra),
+        timeout=300,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == code, output
+    return output
+
+
+def start(*arguments: str, ranks: int = 1) -> subprocess.Popen:
+    """Start a run in a process group of its own."""
+    return subprocess.Popen(
+        command(list(arguments), ranks),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until a file is there while the process lives."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"no {path} after {seconds} s"
+        time.sleep(0.005)
+
+
+def kill_at(folder: Path, images: int, *arguments: str, ranks: int = 1) -> None:
+    """Start a run that would go on, kill -9 all of it once it has a checkpoint at `images`, and
+    drop the later checkpoints that it may have written until the kill struck."""
+    process = start(*arguments, ranks=ranks)
+    wait_for(folder / "checkpoints" / f"{images:09}" / checkpoint.INDEX, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    for later in checkpoint.listing(folder / "checkpoints"):
+        if int(later.name) > images:
+            for part in later.iterdir():
+                part.unlink()
+            later.rmdir()
+
+
+def run_folder(runs: Path, recipe: str) -> Path:
+    """The only run of a recipe."""
+    (folder,) = [p for p in (runs / recipe).iterdir() if p.is_dir()]
+    return folder
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint, all ranks' parts."""
+    newest = checkpoint.listing(folder / "checkpoints")[0]
+    assert not checkpoint.damage_of(newest)
+    tensors = {}
+    for rank in range(checkpoint.read(newest).index["world_size"]):
+        loaded = checkpoint.read(newest, rank)
+        tensors |= {f"rank {rank}/{k}": v for k, v in loaded.local.items()}
+    return tensors | loaded.shared
+
+
+def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not equal bit for bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def newest_picture(folder: Path) -> bytes:
+    """The last sample grid, as it lies on disk."""
+    return max((folder / "samples").glob("*.png")).read_bytes()
+
+
+def toy(name: str, batch: int = 8) -> tuple[Recipe, list[str]]:
+    """A recipe with networks an eighth as wide, on computed images of at most 16 pixels or the
+    recipe's odd size, and the flags that make it so."""
+    recipe = load(name)
+    small = _shrink(recipe)
+    resolution = recipe.data.resolution if recipe.data.resolution < 32 else 32
+    data = replace(recipe.data, name="synthetic", resolution=resolution, batch=batch, crop=None)
+    small = replace(small, data=data)
+    before, after = flatten(recipe, flags=True), flatten(small, flags=True)
+    flags: list[str] = []
+    for flag, value in after.items():
+        if value != before[flag]:
+            values = value if isinstance(value, tuple) else (value,)
+            flags += [f"--{flag}", *(str(v) for v in values)]
+    return small, flags
+
+
+def _shrink(settings):
+    """The same settings with every size of every network divided by eight (at least four), and a
+    learning rate that does not depend on the run's length."""
+    changes = {}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            changes[f.name] = _shrink(value)
+        elif isinstance(settings, Adam) and f.name == "decay_kimg":
+            changes[f.name] = 0.0
+        elif isinstance(settings, Network):
+            if isinstance(value, tuple):
+                changes[f.name] = tuple(max(v // 8, 4) for v in value)
+            elif type(value) is int:
+                changes[f.name] = max(value // 8, 4)
+    return replace(settings, **changes)

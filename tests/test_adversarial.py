@@ -1,0 +1,120 @@
+"""The adversarial step: which player moves when, on which fakes, and what does it report?"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import session
+from engine.compile import Compiler
+from engine.networks import dcgan, mlp
+from engine.session import Session
+from engine.settings import ImageSpec, Length, Network, PlayerSettings, Recipe
+from engine.steps.adversarial import Adversarial, discriminator_update
+from pipelines.batch import Batch
+from pipelines.settings import Data
+from tests.players import BATCH, FP32, RANKS, moved, weights
+
+
+def started(joint: bool = False, discriminator: Network | None = None) -> Session:
+    """A toy adversarial session at 16x16."""
+    discriminator = discriminator or dcgan.Discriminator(width=4)
+    recipe = Recipe(
+        data=Data(resolution=16, channels=1, batch=BATCH),
+        step=Adversarial(
+            generator=PlayerSettings(dcgan.Generator(latent=6, width=4)),
+            discriminator=PlayerSettings(discriminator),
+            joint=joint,
+        ),
+        length=Length(steps=10),
+    )
+    return session.start(recipe, RANKS, FP32, Compiler(False, "test"), 80)
+
+
+def advance(live: Session, steps: int) -> list[dict[str, Tensor]]:
+    values = []
+    for _ in range(steps):
+        random = torch.Generator().manual_seed(live.clock.images)
+        images = torch.rand(BATCH, 1, 16, 16, generator=random) * 2 - 1
+        values.append(live.step(Batch(images, None, live.clock.position_N())))
+        live.clock.advance()
+    return values
+
+
+def test_each_update_moves_its_own_player_alone_and_the_discriminator_comes_first(monkeypatch):
+    live, order = started(), []
+
+    def watched(name: str, other: str) -> None:
+        player, opponent = live.players[name], live.players[other]
+        plain = player.update
+
+        def update(*args):
+            mine, theirs = weights(player.network), weights(opponent.network)
+            values = plain(*args)
+            assert moved(player.network, mine) and not moved(opponent.network, theirs)
+            assert all(p.grad is None for p in opponent.parameters)
+            order.append(name)
+            return values
+
+        monkeypatch.setattr(player, "update", update)
+
+    watched("generator", "discriminator")
+    watched("discriminator", "generator")
+    advance(live, 2)
+    assert order == ["discriminator", "generator"] * 2
+
+
+def test_a_step_reports_both_players():
+    (values,) = advance(started(), 1)
+    assert set(values) == {
+        *(f"discriminator/{n}" for n in ("loss", "real", "fake", "grad_norm")),
+        *(f"generator/{n}" for n in ("loss", "grad_norm")),
+    }
+    assert all(v.ndim == 0 and v.isfinite() and not v.requires_grad for v in values.values())
+    assert float(values["discriminator/loss"]) == pytest.approx(2 * math.log(2), abs=0.3)
+
+
+def test_both_updates_of_a_step_see_the_same_fakes_and_the_next_step_others():
+    live, made = started(), []
+    live.players["generator"].network.register_forward_hook(
+        lambda module, args, out: made.append(out.detach().clone())
+    )
+    advance(live, 2)
+    assert len(made) == 4
+    for first, second in (made[:2], made[2:]):
+        assert torch.equal(first, second)
+    assert not torch.equal(made[0], made[2])
+
+
+def test_running_statistics_of_the_generator_move_once_in_a_step():
+    live = started()
+    advance(live, 3)
+    norms = [m for m in live.players["generator"].network if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(int(m.num_batches_tracked) == 3 for m in norms)
+
+
+def test_joint_equals_separate_for_a_discriminator_without_batchnorm():
+    plain = mlp.Discriminator(channels=(4, 6))
+    separate, joint = started(False, plain), started(True, plain)
+    for a, b in zip(advance(separate, 3), advance(joint, 3), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for name, player in separate.players.items():
+        for mine, theirs in zip(player.parameters, joint.players[name].parameters, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_joint_differs_from_separate_with_batchnorm():
+    network = dcgan.Discriminator(width=4).build(ImageSpec(1, 16))
+    real, fake = torch.randn(BATCH, 1, 16, 16), torch.randn(BATCH, 1, 16, 16) * 0.1
+    separate, _ = discriminator_update(network, real, fake, joint=False)
+    joint, _ = discriminator_update(network, real, fake, joint=True)
+    assert abs(float(separate.detach() - joint.detach())) > 1e-4
+
+
+def test_opinions_are_the_mean_probabilities_of_being_real():
+    logits = torch.full((4, 1), 2.0)
+    _, values = discriminator_update(nn.Flatten(0), logits, -logits, joint=False)
+    wanted = 1 / (1 + math.exp(-2))
+    torch.testing.assert_close(values["real"], torch.tensor(wanted))
+    torch.testing.assert_close(values["fake"], torch.tensor(1 - wanted))
