@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from engine.settings import ImageSpec, Inline, Length, PlayerSettings, Recipe
+from engine.networks.spec import ImageSpec
+from engine.settings import Inline, Length, PlayerSettings, Recipe
 
 FOLDER = Path(__file__).parent / "recipes"
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from torch import Tensor, nn
 
+from engine.networks.spec import Network
 from pipelines.settings import Data
 
 if TYPE_CHECKING:
@@ -17,24 +18,6 @@ Networks = dict[str, nn.Module]  # a player's network by the player's name
 Values = dict[str, Tensor]  # named 0-d device tensors
 
 Inline = tyro.conf.arg(name="")  # the part's fields become flags without the part's own prefix
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """Shape of the images that a network sees or makes, and the classes of their dataset."""
-
-    channels: int
-    resolution: int
-    classes: int = 0
-
-
-@dataclass(frozen=True)
-class Network:
-    """Sizes of a network; a subclass holds them as fields and builds the module."""
-
-    def build(self, images: ImageSpec) -> nn.Module:
-        """The module with fresh parameters; raises ValueError where the sizes do not fit."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

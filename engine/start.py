@@ -1,6 +1,5 @@
 """Everything before the first step: from a command to a run that is ready to train."""
 
-import os
 import socket
 import sys
 import time
@@ -68,7 +67,7 @@ def fail(message: str, code: int) -> NoReturn:
         time.sleep(PATIENCE_S)
         message = f"rank {rank} on {socket.gethostname()}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(code) if rank else sys.exit(code)
+    parallel.leave(code)
 
 
 def find_dataset(data: Data) -> Dataset:

@@ -14,7 +14,7 @@ from engine import BEGAN, checkpoint, describe, progress
 from engine import recipe as recipes
 from engine.compile import CompileError, choose_compile, compile_obstacle
 from engine.failure import NonFinite, roll_back, write_evidence
-from engine.parallel import choose_device, environment
+from engine.parallel import choose_device, environment, leave
 from engine.precision import choose_precision
 from engine.run import RunError, device_name
 from engine.start import Training, begin, fail, find_dataset
@@ -158,4 +158,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint
+from engine.networks.spec import Network
 from engine.recipe import flatten, load
-from engine.settings import Adam, Network, Recipe
+from engine.settings import Adam, Recipe
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--log-every", "0.02", "--sample-every", "1000", "--checkpoint-every", "1000")

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from engine import session
 from engine.compile import Compiler
 from engine.networks import dcgan, mlp
+from engine.networks.spec import ImageSpec, Network
 from engine.session import Session
-from engine.settings import ImageSpec, Length, Network, PlayerSettings, Recipe
+from engine.settings import Length, PlayerSettings, Recipe
 from engine.steps.adversarial import Adversarial, discriminator_update
 from pipelines.batch import Batch
 from pipelines.settings import Data

@@ -14,8 +14,9 @@ from torch import Tensor
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, newest_whole, read, restore, save
 from engine.networks import vae
+from engine.networks.spec import Network
 from engine.session import Session
-from engine.settings import Network, PlayerSettings, Recipe
+from engine.settings import PlayerSettings, Recipe
 from engine.steps.autoencoder import Variational
 from pipelines.settings import Data
 from tests.checkpoints import BATCH, FACTS, advance, names, recipe_of, started

@@ -8,9 +8,9 @@ from torch import nn
 
 from engine.describe import parameters
 from engine.networks import dcgan, mlp, vae
+from engine.networks.spec import ImageSpec, Network
 from engine.recipe import load
 from engine.session import build_networks
-from engine.settings import ImageSpec, Network
 
 SIZES = [(r, c) for r in (16, 28, 32, 64) for c in (1, 3)]
 DOUBLINGS = {16: 2, 28: 2, 32: 3, 64: 4}

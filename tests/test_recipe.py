@@ -13,7 +13,8 @@ import pytest
 
 from engine import recipe as recipes
 from engine import train
-from engine.settings import ImageSpec, Length, Recipe
+from engine.networks.spec import ImageSpec
+from engine.settings import Length, Recipe
 
 NAMES = recipes.names()
 FAMILIES = ("dcgan_digits", "vae_mnist", "vae_celeba", "gan_mnist")

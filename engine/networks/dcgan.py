@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from engine.settings import ImageSpec, Network
+from engine.networks.spec import ImageSpec, Network
 
 
 def stages(resolution: int, smallest: int = 4) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from engine.networks.dcgan import Logits, init_weights
-from engine.settings import ImageSpec, Network
+from engine.networks.spec import ImageSpec, Network
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from engine.settings import ImageSpec, Network
+from engine.networks.spec import ImageSpec, Network
 
 
 class Autoencoder(nn.Module):

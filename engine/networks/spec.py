@@ -1,0 +1,26 @@
+"""What every network is built from: the images it sees or makes, and a dataclass of its sizes.
+
+Networks import nothing else of the engine, so that an export can carry their source along.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Shape of the images that a network sees or makes, and the classes of their dataset."""
+
+    channels: int
+    resolution: int
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class Network:
+    """Sizes of a network; a subclass holds them as fields and builds the module."""
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        """The module with fresh parameters; raises ValueError where the sizes do not fit."""
+        raise NotImplementedError
