@@ -5,6 +5,7 @@ from torch import Tensor
 
 SATURATED, TICKS = 0.01, 3
 ALIKE, PICTURES, EARLY_IMAGES = 0.2, 2, 20_000
+COPIED = 0.5
 
 
 class Monitors:
@@ -22,6 +23,8 @@ class Monitors:
         said = [self.opinions(values)]
         if "monitor/diversity" in values:
             said.append(self.diversity(values["monitor/diversity"]))
+        if "monitor/neighbour_distance" in values:
+            said.append(self.memorising(values["monitor/neighbour_distance"]))
         return [text for text in said if text]
 
     def opinions(self, values: dict[str, float]) -> str:
@@ -47,6 +50,16 @@ class Monitors:
             f"with a lower learning rate"
         )
         return self._once("diversity", text, self._alike >= PICTURES)
+
+    def memorising(self, distance: float) -> str:
+        """A warning if samples lie far nearer to training images than unseen images do, or
+        empty."""
+        text = (
+            f"samples lie much nearer to training images than unseen images do ({distance:.0%} of "
+            f"their distance): the model may be memorising; compare the rows of neighbours.png, "
+            f"and train on more images or go back to an earlier checkpoint"
+        )
+        return self._once("memorising", text, distance < COPIED)
 
     def _once(self, trouble: str, text: str, present: bool) -> str:
         if not present:

@@ -1,4 +1,4 @@
-"""What a run shows of itself while it trains: sample grids, held-out figures, the report."""
+"""What a run shows of itself while it trains: its pictures, held-out figures, the report."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 
 from engine import pictures, report
+from engine.latents import between_pairs
+from engine.metrics.held_out import HeldOut
 from engine.monitors import pairwise_distance
+from engine.neighbours import Found, Neighbours
+from engine.origin import Origin
+from engine.originals import UNUSABLE, originals, rows_over_rows
+from engine.parallel import Ranks
 from engine.session import Session
+from engine.settings import Algorithm
 from kernels import philox
-from pipelines.batch import Clock
-from pipelines.datasets import Dataset, NoSplit, decode_some, find
-from pipelines.open import Pipeline, open_pipeline
+from pipelines.datasets import Dataset, decode_some
 
 SAMPLES = 2  # noise stream of latents for pictures
-HELD_OUT_IMAGES, HELD_OUT_BATCH = 10_000, 500
+MEASURED, BESIDE = 64, 8  # samples sought among the training images, and those of them shown
+ROWS, COLUMNS = 4, 8  # of the interpolation, and of the originals over reconstructions
 
 
 class Snapshots:
@@ -31,20 +37,84 @@ class Snapshots:
         reals = torch.from_numpy(decode_some(dataset, range(len(dataset)), count, skip))
         self.reals_NCHW = reals.float() / 127.5 - 1
         pictures.save(pictures.grid(self.reals_NCHW), folder / "reals.png")
-        self._test = _held_out_pipeline(session)
+        alone = Ranks(0, 0, 1, session.clock.device)
+        self._held_out = HeldOut.open(session.recipe, alone, reconstructions=False)
+        self._dataset = dataset
+        self._neighbours: Neighbours | None = None
+        self._originals_NCHW: Tensor | None = None
 
     def take(self) -> dict[str, float]:
-        """Write the sample grid of this moment; gives the figures that go with it."""
-        session = self.session
-        with evaluating(session):
-            images_NCHW = generate(session, session.recipe.outputs.samples)
-            name = f"{session.clock.images:09}.png"
-            pictures.save(pictures.grid(images_NCHW), self.folder / "samples" / name)
-            figures = self._held_out()
+        """Write the pictures of this moment; gives the figures that go with them.
+
+        A family that cannot decode latents, or not reconstruct, is spared the pictures of that.
+        """
+        figures: dict[str, float] = {}
+        with evaluating(self.session):
+            if self._able("sampler"):
+                figures |= self._samples()
+                self._interpolation()
+            if self._able("reconstruct"):
+                self._reconstruction()
+            if self._held_out:
+                found = self._held_out.figures(self.session.samplers())
+                figures |= {f"test/{name}": value for name, value in found.items()}
+        return figures
+
+    def _able(self, verb: str) -> bool:
+        return getattr(type(self.session.recipe.step), verb) is not getattr(Algorithm, verb)
+
+    def _samples(self) -> dict[str, float]:
+        """The grid, the samples' nearest training images, and what monitors say of both."""
+        images_NCHW = generate(self.session, self.session.recipe.outputs.samples)
+        name = f"samples/{self.session.clock.images:09}.png"
+        pictures.save(pictures.grid(images_NCHW), self.folder / name, self._origin())
+        figures = {}
         if len(images_NCHW) > 1 and len(self.reals_NCHW) > 1:
             distance = pairwise_distance(images_NCHW) / pairwise_distance(self.reals_NCHW)
             figures["monitor/diversity"] = float(distance)
-        return figures
+        return figures | self._memorised(images_NCHW[:MEASURED])
+
+    def _memorised(self, images_NCHW: Tensor) -> dict[str, float]:
+        """The samples beside their nearest training images, and how near those are."""
+        if self._neighbours is None:  # not before the first picture: training begins without it
+            data, device = self.session.recipe.data, self.session.clock.device
+            self._neighbours = Neighbours(self._dataset, data, device)
+        found = self._neighbours.nearest(images_NCHW)
+        shown = Found(*(values[:BESIDE] for values in found))
+        picture = self._neighbours.picture(images_NCHW[:BESIDE], shown)
+        pictures.save(picture, self.folder / "neighbours.png", self._origin(composite=True))
+        distance = self._neighbours.distance(found)
+        return {} if distance is None else {"monitor/neighbour_distance": distance}
+
+    def _interpolation(self) -> None:
+        """A row of images for each pair of the run's first fixed latents."""
+        z_NL = between_pairs(fixed_latents(self.session, 2 * ROWS), COLUMNS)
+        images_NCHW = self.session.recipe.step.decode(self.session.samplers(), z_NL)
+        picture = pictures.grid(images_NCHW, COLUMNS)
+        pictures.save(picture, self.folder / "interpolation.png", self._origin())
+
+    def _reconstruction(self) -> None:
+        """Rows of real images, held-out ones where there are any, over their reconstructions."""
+        session = self.session
+        if self._originals_NCHW is None:
+            data = replace(session.recipe.data, download=False, on_error="skip")
+            try:
+                self._originals_NCHW, _ = originals(data, 0, ROWS // 2 * COLUMNS)
+            except UNUSABLE:  # the test split; the training images are there
+                self._originals_NCHW = self.reals_NCHW[: ROWS // 2 * COLUMNS]
+        above_NCHW = self._originals_NCHW
+        given_NCHW = above_NCHW.to(session.clock.device)
+        made_NCHW = session.recipe.step.reconstruct(session.samplers(), given_NCHW).cpu()
+        columns = min(COLUMNS, len(above_NCHW))
+        picture = pictures.grid(rows_over_rows(above_NCHW, made_NCHW, columns), columns)
+        path = self.folder / "reconstruction.png"
+        pictures.save(picture, path, self._origin(composite=True))
+
+    def _origin(self, composite: bool = False) -> Origin:
+        """What pictures of this moment say of where they come from; a run is runs/RECIPE/NAME."""
+        images, seed = self.session.clock.images, self.session.recipe.seed
+        moment = f"run {self.folder.name} while training, at {images} images"
+        return Origin(self.folder.parent.name, moment, seed, images, composite=composite)
 
     def write_report(self) -> None:
         """Refresh report.html."""
@@ -52,40 +122,8 @@ class Snapshots:
 
     def close(self) -> None:
         """Let go of the held-out set."""
-        if self._test:
-            self._test[0].close()
-
-    def _held_out(self) -> dict[str, float]:
-        if not self._test:
-            return {}
-        pipeline, clock = self._test
-        total = min(pipeline.images, HELD_OUT_IMAGES)
-        step, networks = self.session.recipe.step, self.session.samplers()
-        key = philox.make_key(0, device=clock.device)
-        sums: dict[str, Tensor] = {}
-        clock.seek(0)
-        while clock.images < total:
-            pipeline.ready(clock)
-            values = step.held_out(networks, pipeline.batch(clock), key)
-            for name, value_N in values.items():
-                part = value_N[: total - clock.images].double().sum()
-                sums[name] = sums.get(name, 0) + part
-            clock.advance()
-        return {f"test/{name}": float(value) / total for name, value in sums.items()}
-
-
-def _held_out_pipeline(session: Session) -> tuple[Pipeline, Clock] | None:
-    """The test split, if the family measures on it and the dataset has one."""
-    recipe = session.recipe
-    if type(recipe.step).held_out is type(recipe.step).__mro__[1].held_out:
-        return None
-    try:
-        dataset = find(recipe.data, "test")
-    except NoSplit:
-        return None
-    clock = Clock(min(HELD_OUT_BATCH, len(dataset)), session.clock.device)
-    data = replace(recipe.data, flip=False, batch=clock.batch)
-    return open_pipeline(dataset, data, clock, 0, session.key, say=lambda text: None), clock
+        if self._held_out:
+            self._held_out.close()
 
 
 @contextmanager
@@ -105,8 +143,12 @@ def evaluating(session: Session) -> Iterator[None]:
 
 def generate(session: Session, count: int) -> Tensor:
     """Images from the run's fixed latents, (count, C, H, W) in [-1, 1], on the host."""
-    step = session.recipe.step
+    z_NL = fixed_latents(session, count)
+    return session.recipe.step.decode(session.samplers(), z_NL).cpu()
+
+
+def fixed_latents(session: Session, count: int) -> Tensor:
+    """The run's latents for pictures, (count, L), the same at every moment."""
     key = philox.make_key(session.recipe.seed, device=session.clock.device)
     positions = torch.arange(count, device=session.clock.device)
-    z_NL = philox.normal(key, SAMPLES, positions, step.latent_dim())
-    return step.decode(session.samplers(), z_NL).cpu()
+    return philox.normal(key, SAMPLES, positions, session.recipe.step.latent_dim())

@@ -1,73 +1,26 @@
 """The report: right numbers, whole at any moment of a run, self-contained, cheap."""
 
+import base64
+import io
 import json
 import math
 import re
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image, PngImagePlugin
 
 from engine import pictures, report
-
-RECIPE = {
-    "recipe": "dcgan_digits",
-    "values": {"seed": 1, "note": "</script><script>alert(1)</script><!--", "data": {"batch": 64}},
-    "resolved": {
-        "precision": {"value": "bf16", "reason": "the CPU has it"},
-        "compile": ["off", "no g++"],
-    },
-    "digest": "9f1c",
-    "provenance": {
-        "versions": {"torch": "2.15.0"},
-        "command": "python -m engine.train dcgan_digits --seed 1",
-        "tracker": "https://example.org/run",
-    },
-}
-
-
-class Page(HTMLParser):
-    """The elements of a page as a browser sees them, and the text of its scripts."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, data: str) -> None:
-        if self.elements and self.elements[-1][0] == "script":
-            self.scripts[-1] += data
-
-    def data(self) -> Any:
-        return json.loads(self.scripts[0])
-
-
-def make_run(run: Path, lines: list[Any], frames: int = 0, size: int = 8) -> Path:
-    """A run directory with these lines in stats.jsonl (text as it is, the rest as JSON)."""
-    (run / "samples").mkdir(parents=True)
-    (run / "recipe.json").write_text(json.dumps(RECIPE))
-    text = [line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines]
-    (run / "stats.jsonl").write_text("".join(text))
-    for frame in range(frames):
-        noise_NCHW = torch.rand(64, 3, size, size) * 2 - 1
-        pictures.save(pictures.grid(noise_NCHW), run / f"samples/{frame * 6400:09d}.png")
-    return run
-
-
-def tick(images: int, **values: Any) -> dict[str, Any]:
-    named = {key.replace("__", "/"): value for key, value in values.items()}
-    return {"images": images, "step": images // 64, "seconds": images / 1000, "values": named}
+from engine.report import curves, embed
+from engine.report.__main__ import main
+from engine.report.page import template
+from engine.report.sections import payload
+from tests.reports import RECIPE, Page, make_run, tick
 
 
 def series(data: Any) -> dict[str, tuple[list[int], list[float | None]]]:
@@ -83,9 +36,9 @@ def test_the_page_loads_nothing_and_holds_its_pictures(tmp_path: Path) -> None:
     for tag, attributes in page.elements:
         assert tag not in ("link", "iframe", "object", "embed", "base", "a"), tag
         assert not {"src", "href", "srcset", "action"} & set(attributes), (tag, attributes)
-    template = report.TEMPLATE.read_text()
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|import\(|fetch\(|XMLHttp", template)
-    assert "default-src 'none'" in template
+    empty = template()
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|import\(|fetch\(|XMLHttp", empty)
+    assert "default-src 'none'" in empty
     samples = page.data()["samples"]
     assert [frame["images"] for frame in samples["frames"]] == [0, 6400]
     for picture in [samples["reals"], *(frame["picture"] for frame in samples["frames"])]:
@@ -121,9 +74,10 @@ def test_sections_of_a_run(tmp_path: Path) -> None:
         {"images": 12800, "event": "warning", "text": "the discriminator wins"},
         {"images": 12800, "event": "finish", "text": "done"},
     ]
-    data = report.payload(make_run(tmp_path / "run", lines))
+    data = payload(make_run(tmp_path / "run", lines))
     titles = [chart["title"] for chart in data["curves"]["charts"]]
-    assert titles == ["Losses", "Discriminator outputs", "Throughput", "Time shares", "Monitor"]
+    monitors = "Collapse and memorisation"
+    assert titles == ["Losses", "Discriminator outputs", monitors, "Throughput", "Time shares"]
     curves = series(data)
     assert curves["generator/loss"] == ([6400, 12800], [0.7, 0.8])
     assert curves["time/data_share"] == ([6400], [2.0])  # in per cent
@@ -156,7 +110,7 @@ def test_values_that_are_not_finite_are_gaps_with_a_warning(tmp_path: Path) -> N
         tick(320, generator__loss="Infinity"),
         tick(384, generator__loss=2.0),
     ]
-    data = report.payload(make_run(tmp_path / "run", lines))
+    data = payload(make_run(tmp_path / "run", lines))
     assert series(data)["generator/loss"][1] == [1.0, None, None, None, None, 2.0]
     (event,) = data["events"]
     assert (event["kind"], event["images"]) == ("nan", 128)
@@ -172,7 +126,7 @@ def test_a_resumed_run_shows_only_what_its_weights_have_seen(tmp_path: Path) -> 
         {**tick(3000, a__loss=3.0), "seconds": 1.0},  # the new process counts from zero
         tick(2000, a__fid=7.0),  # a metric that arrives late undoes nothing
     ]
-    data = report.payload(make_run(tmp_path / "run", lines))
+    data = payload(make_run(tmp_path / "run", lines))
     assert series(data)["a/loss"] == ([1000, 2000, 3000], [1.0, 2.0, 3.0])
     assert ("trained for", "4 s", "") in data["summary"]["tiles"]
     assert not data["summary"]["finished"]
@@ -197,7 +151,7 @@ def test_an_unreadable_picture_is_named_and_left_out(tmp_path: Path) -> None:
     torn = run / "samples/000006400.png"
     torn.write_bytes(torn.read_bytes()[:5000])
     (run / "samples/000012800.png").write_bytes(b"")
-    data = report.payload(run)
+    data = payload(run)
     assert [frame["images"] for frame in data["samples"]["frames"]] == [0]
     names = [re.search(r"\d{9}\.png", event["text"]).group() for event in data["events"]]
     assert names == ["000006400.png", "000012800.png"]
@@ -207,8 +161,8 @@ def test_a_long_curve_keeps_its_peaks_and_gaps() -> None:
     points = [(64 * place, math.sin(place)) for place in range(10_000)]
     points[5001] = (64 * 5001, 50.0)
     points[7001] = (64 * 7001, math.nan)
-    short = report._decimate(points)
-    assert len(short) <= report.MAX_POINTS + 3
+    short = curves.decimate(points)
+    assert len(short) <= curves.MAX_POINTS + 3
     assert points[5001] in short
     assert points[7001][0] in [x for x, _ in short]
     assert (short[0], short[-1]) == (points[0], points[-1])
@@ -218,9 +172,9 @@ def test_a_long_curve_keeps_its_peaks_and_gaps() -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 32, 33, 100, 1000])
 def test_the_film_has_the_first_and_the_last_frame(count: int) -> None:
     paths = [Path(f"{place:09d}.png") for place in range(count)]
-    chosen = report._spread(paths)
-    assert len(chosen) <= report.MAX_FRAMES
-    assert len(chosen) >= min(count, report.MAX_FRAMES // 2)
+    chosen = embed.spread(paths)
+    assert len(chosen) <= embed.MAX_FRAMES
+    assert len(chosen) >= min(count, embed.MAX_FRAMES // 2)
     assert chosen[:1] == paths[:1]
     assert chosen[-1:] == paths[-1:]
 
@@ -238,11 +192,51 @@ def test_a_page_is_cheap_to_write(tmp_path: Path) -> None:
     assert min(took[1:]) < 0.3  # the pictures known: 0.08 s
 
 
+def test_the_plates_have_their_words_and_figure(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [tick(64, monitor__neighbour_distance=0.81234567)])
+    assert payload(run)["plates"] == []
+    for name in ("neighbours", "interpolation", "reconstruction"):
+        pictures.save(pictures.grid(torch.zeros(4, 1, 8, 8)), run / f"{name}.png")
+    plates = payload(run)["plates"]
+    titles = ["Neighbours in the training set", "Interpolation", "Reconstructions"]
+    assert [plate["title"] for plate in plates] == titles
+    assert [plate["figure"] for plate in plates] == [0.81235, None, None]
+    (run / "interpolation.png").write_bytes(b"")
+    data = payload(run)
+    assert len(data["plates"]) == 2
+    assert "interpolation.png could not be read" in data["events"][-1]["text"]
+
+
+def test_a_mark_of_origin_goes_along_with_a_picture() -> None:
+    mark = '<x:xmpmeta xmlns:x="adobe:ns:meta/"/>'
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("XML:com.adobe.xmp", mark)
+    buffer = io.BytesIO()
+    noise = Image.fromarray((torch.rand(128, 128, 3) * 255).byte().numpy())
+    noise.save(buffer, "PNG", pnginfo=chunks)
+    assert mark.encode() in base64.b64decode(embed.as_address(buffer.getvalue()).split(",")[1])
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", [tick(64, generator__loss=1.0)])
     command = [sys.executable, "-m", "engine.report", run]
     good = subprocess.run(command, capture_output=True, text=True, check=True)
     assert good.stdout == f"{run / 'report.html'}\n"
     assert (run / "report.html").exists()
-    assert report.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"{tmp_path} is no run directory: it has no recipe.json\n"
+    assert main([str(run), "--out", str(tmp_path / "elsewhere" / "page.html")]) == 0
+    assert Page(tmp_path / "elsewhere" / "page.html").data()["kind"] == "run"
+    capsys.readouterr()
+    assert main([str(run), str(tmp_path)]) == 2
+    text = f"error: {tmp_path} is not a run directory: it has no recipe.json\n"
+    assert capsys.readouterr().err == text
+    assert main([str(run), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --out {tmp_path} is a folder: name a file in it\n"
+    assert main([str(run), "--out", str(run / "recipe.json" / "page.html")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {run / 'recipe.json' / 'page.html'} cannot be written: ")
+    assert error.count("\n") == 1
+
+
+def test_the_report_needs_no_torch() -> None:
+    code = "import sys, engine.report.__main__; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
