@@ -6,14 +6,17 @@ Legend of suffixes: N images, C channels (1 or 3), H height, W width. Images are
 
 import io
 import math
-import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
+
+from engine.origin import Origin
+from engine.whole import write_whole
 
 NAN_COLOUR = (255, 0, 255)
 """Pixels that are not a number are painted magenta in grids, which no healthy sample shows."""
@@ -47,18 +50,25 @@ def strip(images_NCHW: Tensor, pad: int = 2, least: int = 512) -> Image.Image:
     return grid(images_NCHW, columns=images_NCHW.shape[0], pad=pad, least=least)
 
 
-def save(image: Image.Image, path: Path) -> None:
-    """Write a picture in the format of its suffix; the name never shows a half-written file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
+def save(image: Image.Image, path: Path, origin: Origin | None = None) -> None:
+    """Write a picture in the format of its suffix; the name never shows a half-written file.
+
+    origin: of generated images, and only of them: the file is marked as generated.
+    """
+    buffer, suffix = io.BytesIO(), path.suffix.lower()
+    options = origin.options(suffix) if origin else {}
+    image.save(buffer, format=Image.registered_extensions()[suffix], **options)
     write_whole(path, buffer.getvalue())
 
 
-def save_each(images_NCHW: Tensor, folder: Path, first: int = 0) -> list[Path]:
+def save_each(
+    images_NCHW: Tensor, folder: Path, first: int = 0, origin: Origin | None = None
+) -> list[Path]:
     """Write every image in its native size as folder/00000.png, 00001.png, ..., from `first` on.
 
     images_NCHW: float (N, 1 or 3, H, W) in [-1, 1]; one channel gives grey files. An image with
     values that are not a number raises ValueError, since a metric would read these files.
+    origin: as for `save`; each file says its number too.
     """
     _check(images_NCHW)
     broken_N = images_NCHW.isnan().flatten(1).any(dim=1).cpu()
@@ -71,13 +81,18 @@ def save_each(images_NCHW: Tensor, folder: Path, first: int = 0) -> list[Path]:
     for number, pixels_CHW in enumerate(_bytes(images_NCHW), start=first):
         pixels_HWC = pixels_CHW.permute(1, 2, 0).contiguous().numpy()
         path = folder / f"{number:05d}.png"
-        save(Image.fromarray(pixels_HWC.squeeze(2) if len(pixels_CHW) == 1 else pixels_HWC), path)
+        pixels = pixels_HWC.squeeze(2) if len(pixels_CHW) == 1 else pixels_HWC
+        save(Image.fromarray(pixels), path, replace(origin, number=number) if origin else None)
         paths.append(path)
     return paths
 
 
 def gif(
-    frames: Tensor | Sequence[Tensor | Image.Image], path: Path, ms: int = 100, least: int = 256
+    frames: Tensor | Sequence[Tensor | Image.Image],
+    path: Path,
+    ms: int = 100,
+    least: int = 256,
+    origin: Origin | None = None,
 ) -> None:
     """Write an endless animation, each frame shown for `ms` milliseconds (GIF counts in tens).
 
@@ -91,22 +106,12 @@ def gif(
         for frame in frames
     ]
     buffer = io.BytesIO()
-    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=ms, loop=0)
+    options = origin.options(".gif") if origin else {}
+    rest = pictures[1:]
+    pictures[0].save(
+        buffer, "GIF", save_all=True, append_images=rest, duration=ms, loop=0, **options
+    )
     write_whole(path, buffer.getvalue())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it, so that a reader sees old or new.
-
-    There is no fsync: pictures and pages can be made again, and one must not stall the loop.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check(images_NCHW: Tensor) -> None:

@@ -1,7 +1,9 @@
-"""Sample from a trained run: python -m engine.sample RUN_DIR [--num 64] [--out grid.png].
+"""Sample from a run or an export: python -m engine.sample RUN_DIR [--num 64] [--out grid.png].
 
 No flag says what the architecture is: networks are rebuilt from the run's recipe.json and filled
-from its newest whole checkpoint.
+from its newest whole checkpoint. In place of RUN_DIR an export's folder may stand, or its
+model.safetensors, model.onnx or model.pt2. Pictures are marked as generated and carry recipe,
+checkpoint and seed as metadata.
 
     python -m engine.sample RUN_DIR --num 64 --seed 0 --out grid.png
     python -m engine.sample RUN_DIR --num 10000 --each images/
@@ -16,9 +18,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from PIL import Image
@@ -26,13 +27,17 @@ from torch import Tensor
 
 from engine import pictures
 from engine.checkpoint import CheckpointError
+from engine.exported import is_export, open_export
+from engine.latents import walk
 from engine.losses import gaussian_kl
+from engine.origin import Origin
+from engine.originals import originals, rows_over_rows
 from engine.run import RunError
 from engine.settings import Algorithm
 from engine.steps.autoencoder import Variational
-from engine.trained import Trained, open_run
-from pipelines.datasets import BadImage, DatasetMissing, NoSplit, decode_some, find
-from pipelines.order import Order
+from engine.trained import Model, Trained, open_run
+from engine.verb import exit_code, say, warn
+from pipelines.datasets import BadImage, DatasetMissing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST = 1 << 25  # pixels of a picture: float images and their copies then stay below 2 GB
@@ -62,7 +67,7 @@ class Command:
     """One sampling command."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory, as `engine.train` names it at its end."""
+    """Run directory, as `engine.train` names it at its end; or an export's folder or file."""
     num: int | None = None
     """Images (64); stops of a walk (5); images to reconstruct (16); latents to traverse (10)."""
     seed: int = 0
@@ -83,28 +88,13 @@ class Command:
     """One latent per row, from -3 to 3; an autoencoder's most active latents (by KL) first."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
-    checkpoint: int | None = None
-    """Images seen at the checkpoint to take; default: the newest whole one."""
+    checkpoint: int | Literal["best"] | None = None
+    """Images seen at the checkpoint to take, or the best one measured; default: the newest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     batch: int = 64
     """Images made at a time."""
     data: Data = field(default_factory=Data)
-
-
-def walk(z_NL: Tensor, frames: int) -> Tensor:
-    """Latents (N * frames, L) of a closed walk along great arcs from each latent to the next.
-
-    White 2016, "Sampling generative networks", section 2.1: the straight line between Gaussian
-    latents leaves the shell on which nearly all of them lie.
-    """
-    ends_NL = z_NL.roll(-1, 0)
-    cosine_N = torch.nn.functional.cosine_similarity(z_NL, ends_NL)
-    angle_N11 = cosine_N.clamp(-1 + 1e-6, 1 - 1e-6).acos().view(-1, 1, 1)
-    share_1F1 = torch.arange(frames, device=z_NL.device).view(1, -1, 1) / frames
-    start = torch.sin((1 - share_1F1) * angle_N11) * z_NL[:, None]
-    end = torch.sin(share_1F1 * angle_N11) * ends_NL[:, None]
-    return ((start + end) / angle_N11.sin()).flatten(0, 1)
 
 
 def dataset_images(trained: Trained, data: Data, seed: int, count: int) -> tuple[Tensor, str]:
@@ -113,71 +103,57 @@ def dataset_images(trained: Trained, data: Data, seed: int, count: int) -> tuple
     Held-out ones, or training images where the dataset has no others.
     """
     place = {k: v for k, v in vars(data).items() if v is not None}
-    settings, label = replace(trained.recipe.data, **place), "held-out images"
     try:
-        try:
-            dataset = find(settings, "test")
-        except NoSplit as reason:
-            dataset, label = find(settings), f"training images ({reason})"
+        return originals(replace(trained.recipe.data, **place), seed, count)
     except DatasetMissing as error:
         reason = str(error).split("\n")[0]
         raise SampleError(f"{reason}; --data.root or --data.path says where it is") from error
-    rows_N = Order(len(dataset), seed).rows(np.arange(len(dataset))).tolist()
-    skip = settings.on_error == "skip"
-    images_NCHW = torch.from_numpy(decode_some(dataset, rows_N, count, skip))
-    return images_NCHW.float() / 127.5 - 1, label
 
 
-def rows_over_rows(above_NCHW: Tensor, below_NCHW: Tensor, columns: int) -> Tensor:
-    """A row of the first, under it the same row of the second, and so on; black fills the end."""
-    fill = above_NCHW.new_full((-len(above_NCHW) % columns, *above_NCHW.shape[1:]), -1)
-    pairs = [torch.cat([x, fill]).unflatten(0, (-1, columns)) for x in (above_NCHW, below_NCHW)]
-    return torch.stack(pairs, 1).flatten(0, 2)
-
-
-def draw_samples(command: Command, trained: Trained) -> None:
+def draw_samples(command: Command, model: Model) -> None:
     """A grid, single files, or both."""
     count, first, kept = command.num or 64, 0, []
+    origin = model.origin(command.seed)
     if command.out:
-        check_size(trained, count, "--num")
-    for images_NCHW in trained.samples(command.seed, count, command.batch):
+        check_size(model, count, "--num")
+    for images_NCHW in model.samples(command.seed, count, command.batch):
         if command.each:
-            _save_each(images_NCHW, command.each, first)
+            _save_each(images_NCHW, command.each, first, origin)
         if command.out:
             kept.append(images_NCHW)
         first += len(images_NCHW)
     if command.each:
-        _say(f"wrote {count:,} images to {command.each}")
+        say(f"wrote {count:,} images to {command.each}")
     if command.out:
-        _write(pictures.grid(torch.cat(kept)), command.out, f"{count} samples")
+        _write(pictures.grid(torch.cat(kept)), command.out, f"{count} samples", origin)
 
 
-def check_size(trained: Trained, count: int, flags: str) -> None:
+def check_size(model: Model, count: int, flags: str) -> None:
     """Raise ValueError if so many images are too much for one picture."""
-    if (most := LARGEST // trained.recipe.data.resolution**2) < count:
+    if (most := LARGEST // model.resolution**2) < count:
         raise ValueError(
             f"{count:,} images are too many for one picture (at most {most:,} at this resolution): "
             f"lower {flags}, or write single files with --each alone"
         )
 
 
-def _save_each(images_NCHW: Tensor, folder: Path, first: int) -> None:
+def _save_each(images_NCHW: Tensor, folder: Path, first: int, origin: Origin) -> None:
     try:
-        pictures.save_each(images_NCHW, folder, first)
+        pictures.save_each(images_NCHW, folder, first, origin)
     except ValueError as error:  # not a number: the run is at fault, not the command
         raise SampleError(str(error)) from error
 
 
-def draw_walk(command: Command, trained: Trained) -> None:
+def draw_walk(command: Command, model: Model) -> None:
     """A strip and an animation."""
-    stops = command.num or 5
-    check_size(trained, stops * command.frames, "--num or --frames")
-    z_NL = walk(trained.latents(command.seed, torch.arange(stops)), command.frames)
-    images_NCHW = torch.cat(list(trained.decode(z_NL, command.batch)))
+    stops, origin = command.num or 5, model.origin(command.seed)
+    check_size(model, stops * command.frames, "--num or --frames")
+    z_NL = walk(model.latents(command.seed, torch.arange(stops)), command.frames)
+    images_NCHW = torch.cat(list(model.decode(z_NL, command.batch)))
     what = f"a closed walk through {stops} latents, {len(images_NCHW)} pictures"
-    _write(pictures.strip(images_NCHW), command.out, what)
-    pictures.gif(images_NCHW, command.out.with_suffix(".gif"))
-    _say(f"wrote {command.out.with_suffix('.gif')}: the same in motion")
+    _write(pictures.strip(images_NCHW), command.out, what, origin)
+    pictures.gif(images_NCHW, command.out.with_suffix(".gif"), origin=origin)
+    say(f"wrote {command.out.with_suffix('.gif')}: the same in motion")
 
 
 def draw_reconstructions(command: Command, trained: Trained) -> None:
@@ -195,7 +171,8 @@ def draw_reconstructions(command: Command, trained: Trained) -> None:
     made_NCHW = torch.cat(parts)
     columns = min(len(made_NCHW), max(8, round((2 * len(made_NCHW)) ** 0.5)))
     picture = pictures.grid(rows_over_rows(originals_NCHW, made_NCHW, columns), columns)
-    _write(picture, command.out, f"{len(made_NCHW)} {label} over their reconstructions")
+    what = f"{len(made_NCHW)} {label} over their reconstructions"
+    _write(picture, command.out, what, trained.origin(command.seed, composite=True))
 
 
 def draw_traversal(command: Command, trained: Trained) -> None:
@@ -218,24 +195,16 @@ def draw_traversal(command: Command, trained: Trained) -> None:
         z_NL[row * COLUMNS : (row + 1) * COLUMNS, latent] = values
     images_NCHW = torch.cat(list(trained.decode(z_NL, command.batch)))
     what = f"{count} of {len(z_L)} latents from {-SPREAD:g} to {SPREAD:g}{label}"
-    _write(pictures.grid(images_NCHW, COLUMNS), command.out, what)
+    _write(pictures.grid(images_NCHW, COLUMNS), command.out, what, trained.origin(command.seed))
 
 
-def _write(picture: Image.Image, path: Path, what: str) -> None:
+def _write(picture: Image.Image, path: Path, what: str, origin: Origin) -> None:
     replaced = " (replaced)" if path.exists() else ""
-    pictures.save(picture, path)
-    _say(f"wrote {path}{replaced}: {what}")
+    pictures.save(picture, path, origin)
+    say(f"wrote {path}{replaced}: {what}")
 
 
-def _warn(text: str) -> None:
-    _say(f"warning: {text}", sys.stderr)
-
-
-def _say(text: str, to: TextIO | None = None) -> None:
-    print(text, file=to or sys.stdout, flush=True)
-
-
-Draw = Callable[[Command, Trained], None]
+Draw = Callable[[Command, Any], None]  # the second is a Model; some need a Trained
 KINDS: dict[str, tuple[Draw, str]] = {
     "interpolate": (draw_walk, "walk.png"),
     "reconstruct": (draw_reconstructions, "reconstruction.png"),
@@ -274,32 +243,42 @@ def check_places(command: Command) -> None:
             raise ValueError(f"--each {command.each} is not empty: name a new folder or empty it")
 
 
+def open_model(command: Command) -> Model:
+    """The run or the export that a command names. Raises ValueError, FAILURES."""
+    if not is_export(command.run_dir):
+        return open_run(command.run_dir, command.checkpoint, command.ema, command.device, warn)
+    only_latents = "an export holds only what makes images from latent vectors"
+    single = "an export holds the weights of one checkpoint"
+    for flag, given, reason in (
+        ("--reconstruct", command.reconstruct, only_latents),
+        ("--traverse", command.traverse, only_latents),
+        ("--checkpoint", command.checkpoint is not None, single),
+        ("--no-ema", not command.ema, single),
+    ):
+        if given:
+            raise ValueError(f"{flag} needs the run directory, not {command.run_dir}: {reason}")
+    return open_export(command.run_dir, command.device, warn)
+
+
 def run_command(command: Command) -> None:
     """Check, load, draw, write. Raises ValueError for a wrong command, FAILURES for the rest."""
     draw, name = choose(command)
     if not command.out and not command.each:
         command = replace(command, out=Path(name))
     check_places(command)
-    trained = open_run(command.run_dir, command.checkpoint, command.ema, command.device, _warn)
-    weights = "moving average of the weights" if trained.averaged else "weights as trained"
-    _say(f"{trained.name} at {trained.images:,} images, {weights}, on {trained.device.type}")
-    draw(command, trained)
+    model = open_model(command)
+    weights = "moving average of the weights" if model.averaged else "weights as trained"
+    say(f"{model.name} at {model.images:,} images, {weights}, on {model.device.type}")
+    try:
+        draw(command, model)
+    except torch.OutOfMemoryError as error:
+        raise SampleError(f"out of memory, give a smaller --batch ({error})") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; exit code: 2 for a wrong command, 1 for one that fails."""
     command = tyro.cli(Command, prog="python -m engine.sample", description=__doc__, args=arguments)
-    try:
-        run_command(command)
-        return 0
-    except ValueError as error:
-        _say(f"error: {error}", sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        _say(f"error: out of memory, give a smaller --batch ({error})", sys.stderr)
-    except FAILURES as error:
-        _say(f"error: {error}", sys.stderr)
-    return 1
+    return exit_code(lambda: run_command(command), FAILURES)
 
 
 if __name__ == "__main__":

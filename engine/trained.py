@@ -1,4 +1,5 @@
-"""A trained run opened for use: its networks rebuilt from recipe.json, filled from a checkpoint.
+"""A trained model opened for use: a run's networks, rebuilt from recipe.json and filled from a
+checkpoint. An export serves through the same interface (see `engine.exported`).
 
 Shapes: N images, C channels, H height, W width, L latent.
 """
@@ -6,12 +7,14 @@ Shapes: N images, C channels, H height, W width, L latent.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Loaded
+from engine.origin import Origin
 from engine.parallel import choose_device
 from engine.run import RunError, read_recipe
 from engine.session import build_networks
@@ -20,23 +23,49 @@ from kernels import philox
 
 LATENTS = 3  # noise stream; training takes 1, a run's own pictures 2
 
+Choice = int | Literal["best"] | None  # a checkpoint: of so many images, the best, the newest whole
+
 
 @dataclass(frozen=True)
-class Trained:
-    """A run's networks at one checkpoint, in eval mode, ready to sample from."""
+class Model:
+    """What makes images from latent vectors, at one checkpoint of a run."""
 
     name: str
-    recipe: Recipe
-    networks: Networks
+    """Name of the recipe."""
     images: int
+    """Images seen at the checkpoint."""
     averaged: bool
+    """The weights are moving averages."""
     device: torch.device
+    checkpoint: str
+    """SHA-256 of the checkpoint's index."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of its images."""
+        raise NotImplementedError
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of its images."""
+        raise NotImplementedError
+
+    def latent_dim(self) -> int:
+        """Length of the latent vector."""
+        raise NotImplementedError
+
+    def forward(self, z_NL: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1] of latents that are on the model's device."""
+        raise NotImplementedError
+
+    def reconstruct(self, images_NCHW: Tensor) -> Tensor:
+        """What it makes of given images, on its device. Raises ValueError where it cannot."""
+        raise ValueError("an export holds only what makes images from latent vectors")
 
     def latents(self, seed: int, position_N: Tensor) -> Tensor:
         """Latent vectors (N, L) of these image numbers (int64 (N,)) of a seed."""
         key = philox.make_key(seed, device=self.device)
-        size = self.recipe.step.latent_dim()
-        return philox.normal(key, LATENTS, position_N.to(self.device), size)
+        return philox.normal(key, LATENTS, position_N.to(self.device), self.latent_dim())
 
     def decode(self, z_NL: Tensor, batch: int) -> Iterator[Tensor]:
         """Images (up to `batch`, C, H, W) in [-1, 1] on the host, of all latents in their order.
@@ -48,7 +77,7 @@ class Trained:
             missing = batch - len(part_NL)
             full_NL = torch.cat([part_NL, part_NL.new_zeros(missing, part_NL.shape[1])])
             with torch.no_grad():
-                images_NCHW = self.recipe.step.decode(self.networks, full_NL)
+                images_NCHW = self.forward(full_NL)
             yield images_NCHW[: len(part_NL)].cpu()
 
     def samples(self, seed: int, count: int, batch: int) -> Iterator[Tensor]:
@@ -57,15 +86,47 @@ class Trained:
             position_N = torch.arange(first, min(first + batch, count))
             yield from self.decode(self.latents(seed, position_N), batch)
 
+    def origin(self, seed: int, composite: bool = False) -> Origin:
+        """What pictures made with it say of where they come from."""
+        return Origin(self.name, self.checkpoint, seed, self.images, composite=composite)
+
+
+@dataclass(frozen=True)
+class Trained(Model):
+    """A run's networks at one checkpoint, in eval mode, ready to sample from."""
+
+    recipe: Recipe
+    networks: Networks
+    index: dict[str, Any]
+    """The checkpoint's own account of itself."""
+
+    @property
+    def channels(self) -> int:
+        return self.recipe.data.channels
+
+    @property
+    def resolution(self) -> int:
+        return self.recipe.data.resolution
+
+    def latent_dim(self) -> int:
+        return self.recipe.step.latent_dim()
+
+    def forward(self, z_NL: Tensor) -> Tensor:
+        return self.recipe.step.decode(self.networks, z_NL)
+
+    def reconstruct(self, images_NCHW: Tensor) -> Tensor:
+        return self.recipe.step.reconstruct(self.networks, images_NCHW)
+
 
 def open_run(
     folder: Path,
-    images: int | None = None,
+    images: Choice = None,
     ema: bool = True,
     device: str = "auto",
     warn: Callable[[str], None] = print,
 ) -> Trained:
-    """The networks of a run at its newest whole checkpoint, or at the one of so many images.
+    """The networks of a run at its newest whole checkpoint, at the one of so many images, or at
+    the best that it has measured.
 
     warn: hears of damaged checkpoints that are passed over.
 
@@ -85,7 +146,10 @@ def open_run(
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{loaded.folder} does not fit the recipe: {reason}") from error
         network.to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Trained(name, recipe, networks, loaded.images, averaged, place)
+    digest = loaded.index["index_sha256"]
+    return Trained(
+        name, loaded.images, averaged, place, digest, recipe, networks, index=loaded.index
+    )
 
 
 def _part(loaded: Loaded, prefix: str) -> dict[str, Tensor]:
@@ -93,7 +157,7 @@ def _part(loaded: Loaded, prefix: str) -> dict[str, Tensor]:
 
 
 def _read_checkpoint(
-    folder: Path, recipe: Recipe, images: int | None, warn: Callable[[str], None]
+    folder: Path, recipe: Recipe, images: Choice, warn: Callable[[str], None]
 ) -> Loaded:
     """A verified checkpoint: the newest whole one, or the one asked for and no other."""
     root = folder / "checkpoints"
@@ -106,7 +170,8 @@ def _read_checkpoint(
     if images is None:
         chosen = checkpoint.newest_whole(root, warn)
     else:
-        chosen = next((p for p in there if int(p.name) == images), None)
+        wanted = best_of(root) if images == "best" else images
+        chosen = next((p for p in there if int(p.name) == wanted), None)
         if chosen is None:
             numbers = ", ".join(str(int(p.name)) for p in there)
             raise ValueError(f"--checkpoint {images}: {folder} has none of that; it has {numbers}")
@@ -115,3 +180,14 @@ def _read_checkpoint(
     if chosen is None:
         raise CheckpointError(f"no checkpoint in {root} is whole; run the training command again")
     return checkpoint.read(chosen)
+
+
+def best_of(root: Path) -> int:
+    """Images seen at the best checkpoint that a run has measured. Raises ValueError."""
+    best = checkpoint.read_best(root)
+    if best is None:
+        raise ValueError(
+            f"--checkpoint best: {root / checkpoint.BEST} names no checkpoint that is there; the "
+            f"best is kept where a run measures itself (--metrics.every-kimg)"
+        )
+    return best["images"]

@@ -1,6 +1,7 @@
-"""Pictures: exact pixels, sizes, whole files."""
+"""Pictures: exact pixels, sizes, whole files, and where generated ones come from."""
 
 import os
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,11 @@ import torch
 from PIL import Image
 
 from engine import pictures
+from engine.origin import Origin
+
+ORIGIN = Origin("a <recipe> & more, é", "5" * 64, 7, 12800)
+SOURCE = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
+TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 
 
 def test_bytes_survive_the_way_through_the_networks_range(tmp_path: Path) -> None:
@@ -94,3 +100,59 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         pictures.save(Image.new("RGB", (9, 9)), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def source_type(packet: bytes | str) -> str:
+    """What an XMP packet says of its picture's source."""
+    return ElementTree.fromstring(packet).find(f".//{SOURCE}").text
+
+
+def test_a_png_says_where_it_comes_from(tmp_path: Path) -> None:
+    pictures.save(Image.new("RGB", (2, 2)), tmp_path / "a.png", ORIGIN)
+    text = Image.open(tmp_path / "a.png").text
+    packet = text.pop("XML:com.adobe.xmp")
+    assert source_type(packet) == TYPES + "trainedAlgorithmicMedia"
+    assert "&lt;recipe&gt; &amp; more, é" in packet
+    assert text == {
+        "Software": "Saddle",
+        "Generated": "true",
+        "DigitalSourceType": TYPES + "trainedAlgorithmicMedia",
+        "Saddle recipe": "a <recipe> & more, é",
+        "Saddle checkpoint": "5" * 64,
+        "Saddle seed": "7",
+        "Saddle images seen": "12800",
+    }
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp"])
+def test_other_formats_say_so_in_xmp(name: str, tmp_path: Path) -> None:
+    pictures.save(Image.new("RGB", (8, 8)), tmp_path / name, ORIGIN)
+    packet = Image.open(tmp_path / name).info["xmp"]
+    assert source_type(packet) == TYPES + "trainedAlgorithmicMedia"
+    assert b"Saddle seed: 7" in packet
+
+
+def test_an_animation_says_so_in_its_comment(tmp_path: Path) -> None:
+    pictures.gif(torch.zeros(2, 1, 4, 4), tmp_path / "a.gif", origin=ORIGIN)
+    comment = Image.open(tmp_path / "a.gif").info["comment"].decode()
+    assert "Generated: true" in comment and "Saddle checkpoint: 555" in comment
+
+
+def test_single_files_say_their_number(tmp_path: Path) -> None:
+    paths = pictures.save_each(torch.zeros(2, 3, 4, 4), tmp_path, 5, ORIGIN)
+    assert [Image.open(path).text["Saddle image"] for path in paths] == ["5", "6"]
+
+
+def test_pictures_with_real_images_among_them_say_so(tmp_path: Path) -> None:
+    origin = Origin("vae_mnist", "5" * 64, 0, 64, composite=True)
+    pictures.save(Image.new("RGB", (2, 2)), tmp_path / "a.png", origin)
+    text = Image.open(tmp_path / "a.png").text
+    assert text["DigitalSourceType"] == TYPES + "compositeWithTrainedAlgorithmicMedia"
+    assert source_type(text["XML:com.adobe.xmp"]) == text["DigitalSourceType"]
+
+
+def test_without_an_origin_nothing_is_marked(tmp_path: Path) -> None:
+    for name in ("a.png", "a.jpg", "a.webp"):
+        pictures.save(Image.new("RGB", (2, 2)), tmp_path / name)
+        information = str(Image.open(tmp_path / name).info).lower()
+        assert "generated" not in information and "saddle" not in information

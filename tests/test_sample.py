@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,23 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import sample, train
+from engine import sample
+from tests.trained import trained
 
-TINY = ("--steps", "4", "--data.batch", "16", "--samples", "4", "--device", "cpu")
-TINY += ("--checkpoint-every", "0.032", "--compile", "off", "--precision", "fp32")
 GAN = ("--generator.width", "4", "--discriminator.channels", "4", "8", "--generator.latent", "6")
 DIGITS = ("--data.name", "digits", "--data.resolution", "8")
-
-
-def trained(folder: Path, name: str, *flags: str) -> Path:
-    """A run directory, trained in this process, whose signal handlers stay as they were."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    command = [name, *TINY, *flags, "--runs", str(folder), "--run", "a"]
-    assert train.main([*command, "--data.cache", str(folder / "cache")]) == 0
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-    return folder / name / "a"
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +116,52 @@ def test_pictures_of_training_can_be_made_again(gan: Path) -> None:
     assert np.abs(picture.astype(int) - shown).max() <= 1
 
 
+def test_every_generated_picture_says_where_it_comes_from(
+    gan: Path, vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {
+        run: json.loads((run / "checkpoints/000000064/checkpoint.json").read_text())["index_sha256"]
+        for run in (gan, vae)
+    }
+    assert run(gan, "--num", 2, "--seed", 3, "--out", "grid.png", "--each", "each") == 0
+    assert run(gan, "--num", 2, "--seed", 3, "--interpolate", "--out", "walk.png") == 0
+    assert run(vae, "--num", 2, "--seed", 3, "--traverse", "--out", "latents.png") == 0
+    assert run(vae, "--num", 2, "--seed", 3, "--reconstruct", "--out", "pairs.png") == 0
+    names = ("grid.png", "each/00001.png", "walk.png", "latents.png", "pairs.png")
+    for name, run_dir in zip(names, (gan, gan, gan, vae, vae), strict=True):
+        text = Image.open(name).text
+        assert text["Saddle checkpoint"] == digests[run_dir]
+        assert text["Saddle recipe"] == run_dir.parent.name
+        assert (text["Saddle seed"], text["Saddle images seen"]) == ("3", "64")
+        composite = "compositeWith" in text["DigitalSourceType"]
+        assert composite == (name == "pairs.png")
+    assert Image.open("each/00001.png").text["Saddle image"] == "1"
+    assert b"Saddle seed: 3" in Image.open("walk.gif").info["comment"]
+
+
+def test_training_marks_its_pictures_and_not_the_dataset_s(gan: Path, vae: Path) -> None:
+    text = Image.open(gan / "samples/000000064.png").text
+    assert text["Generated"] == "true" and text["Saddle recipe"] == "dcgan_digits"
+    assert text["Saddle checkpoint"] == "run a while training, at 64 images"
+    written = [*gan.rglob("*.png"), *vae.rglob("*.png")]
+    unmarked = [p.name for p in written if "Generated" not in Image.open(p).text]
+    assert unmarked == ["reals.png"] * 2
+
+
 def test_another_checkpoint(gan: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(gan, "--checkpoint", 32, "--num", 1) == 0
     assert "at 32 images" in capsys.readouterr().out
     error = refused(capsys, 2, gan, "--checkpoint", 33)
     assert "--checkpoint 33" in error and "64, 32" in error
+
+
+def test_the_best_checkpoint(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    error = refused(capsys, 2, copy, "--checkpoint", "best")
+    assert "--checkpoint best" in error and "best.json" in error
+    best = {"images": 32, "metric": "fid", "value": 3.5}
+    (copy / "checkpoints/best.json").write_text(json.dumps(best))
+    assert run(copy, "--checkpoint", "best", "--num", 1) == 0
+    assert "at 32 images" in capsys.readouterr().out
 
 
 def test_a_walk_is_a_strip_and_an_animation(gan: Path) -> None:
@@ -182,9 +210,9 @@ def test_many_images_to_single_files(gan: Path, monkeypatch: pytest.MonkeyPatch)
     largest = []
     save = sample.pictures.save_each
 
-    def watch(images_NCHW: torch.Tensor, folder: Path, first: int) -> None:
+    def watch(images_NCHW: torch.Tensor, *others) -> None:
         largest.append(len(images_NCHW))
-        save(images_NCHW, folder, first)
+        save(images_NCHW, *others)
 
     monkeypatch.setattr(sample.pictures, "save_each", watch)
     assert run(gan, "--num", 300, "--each", "deep/er", "--batch", 100) == 0

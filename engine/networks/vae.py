@@ -9,7 +9,9 @@ Shapes: N batch, C channels, H height, W width, L latent.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from engine.networks.spec import ImageSpec, Network
@@ -94,3 +96,34 @@ class Convolutional(Network):
 
 def _block(convolution: nn.Module, channels: int) -> list[nn.Module]:
     return [convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+
+
+class Sampler(nn.Module):
+    """A decoder with what turns its output into images: the generating half of an autoencoder."""
+
+    def __init__(self, decoder: nn.Module, pixels: str) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.squash = {"bernoulli": torch.sigmoid, "gaussian": nn.Identity()}[pixels]
+
+    def forward(self, z_NL: Tensor) -> Tensor:
+        """Images, (N, C, H, W), float32 in [-1, 1]: the mean of p(x|z), clamped."""
+        return self.squash(self.decoder(z_NL).float()).clamp(0, 1) * 2 - 1
+
+
+@dataclass(frozen=True)
+class Decoder(Network):
+    """Sizes of the generating half of an autoencoder."""
+
+    autoencoder: Network
+    """Sizes of the whole."""
+    pixels: Literal["bernoulli", "gaussian"] = "bernoulli"
+    """What the decoder's output means: logits, or grey values in [0, 1]."""
+
+    @property
+    def latent(self) -> int:
+        """Length of the latent vector."""
+        return self.autoencoder.latent
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        return Sampler(self.autoencoder.build(images).decoder, self.pixels)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.losses import discriminator_loss, nonsaturating_loss
+from engine.networks.spec import Network
 from engine.player import Player, frozen, statistics_kept
 from engine.settings import Algorithm, Networks, PlayerSettings, Values
 from kernels import philox
@@ -37,8 +38,11 @@ class Adversarial(Algorithm):
     def latent_dim(self) -> int:
         return self.generator.network.latent
 
-    def decode(self, networks: Networks, z_NL: Tensor) -> Tensor:
-        return networks["generator"](z_NL).float()
+    def sampler_settings(self) -> Network:
+        return self.generator.network
+
+    def sampler(self, networks: Networks) -> nn.Module:
+        return networks["generator"]
 
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         make = partial(make_fakes, latent=self.latent_dim())

@@ -8,6 +8,7 @@ averaged over images: beta means nothing without that.
 Shapes: N batch, C channels, H height, W width, L latent.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.losses import bernoulli_nll, gaussian_kl, gaussian_nll
+from engine.networks.spec import Network
+from engine.networks.vae import Decoder, Sampler
 from engine.player import Player
 from engine.settings import Algorithm, Networks, PlayerSettings, Values
 from kernels import philox
@@ -24,7 +27,6 @@ from pipelines.batch import Batch
 
 NOISE = 1  # noise stream
 PIXELS = {"bernoulli": bernoulli_nll, "gaussian": gaussian_nll}
-SQUASH = {"bernoulli": torch.sigmoid, "gaussian": lambda x: x}
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,11 @@ class Variational(Algorithm):
     def latent_dim(self) -> int:
         return self.autoencoder.network.latent
 
-    def decode(self, networks: Networks, z_NL: Tensor) -> Tensor:
-        unit = SQUASH[self.pixels](networks["autoencoder"].decode(z_NL))
-        return unit.clamp(0, 1) * 2 - 1
+    def sampler_settings(self) -> Network:
+        return Decoder(self.autoencoder.network, self.pixels)
+
+    def sampler(self, networks: Networks) -> nn.Module:
+        return Sampler(networks["autoencoder"].decoder, self.pixels)
 
     def reconstruct(self, networks: Networks, images_NCHW: Tensor) -> Tensor:
         mean_NL, _ = networks["autoencoder"].encode(images_NCHW)
@@ -58,7 +62,9 @@ class Variational(Algorithm):
             pixels=self.pixels,
             latent=self.latent_dim(),
         )
-        return {"elbo": -(nll_N + kl_N), "reconstruction": nll_N, "kl": kl_N}
+        values = {"elbo": -(nll_N + kl_N), "reconstruction": nll_N, "kl": kl_N}
+        pixels = batch.images_NCHW[0].numel()
+        return values | {"bits_per_dim": bits_per_dim(nll_N + kl_N, pixels, self.pixels)}
 
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         loss = partial(negative_elbo, pixels=self.pixels, latent=self.latent_dim(), beta=self.beta)
@@ -85,6 +91,18 @@ def terms(
     z_NL = mean_NL + torch.exp(0.5 * log_variance_NL) * noise_NL
     target_NCHW = (images_NCHW + 1) / 2
     return PIXELS[pixels](network.decode(z_NL), target_NCHW), gaussian_kl(mean_NL, log_variance_NL)
+
+
+def bits_per_dim(nats_N: Tensor, pixels: int, kind: str) -> Tensor:
+    """Bound on -log2 p(x) per channel and pixel from the negative ELBO in nats, (N,).
+
+    gaussian: of 8-bit images, the density over [0, 1] being 256 times that over 0..255 (Theis et
+    al. 2016, section 3.1), with the constant that the loss leaves out. bernoulli: of grey targets,
+    which is no bound for 8-bit images.
+    """
+    if kind == "gaussian":
+        nats_N = nats_N + pixels * (0.5 * math.log(2 * math.pi) + math.log(256))
+    return nats_N / (pixels * math.log(2))
 
 
 def negative_elbo(

@@ -1,0 +1,1 @@
+"""Exports: what a run has learnt, in forms that need no engine to be used."""
