@@ -1,5 +1,5 @@
-"""Statistics: summed on the device, read once per logging tick, written to stats.jsonl and
-TensorBoard. The only place of the loop where values come to the host."""
+"""Statistics: summed on the device, read once per logging tick, written to stats.jsonl, TensorBoard
+and the trackers of `--track`. The only place of the loop where values come to the host."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.parallel import Ranks
 from engine.settings import Values
+from engine.track import Trackers
 
 
 class Stats:
@@ -50,17 +51,32 @@ class Stats:
         return dict(zip((*self._names, *extra), values, strict=True))
 
 
-class Record:
-    """stats.jsonl and TensorBoard events of a run, written by rank 0."""
+TRACKED = ("warning", "nan", "rollback")  # events that trackers hear of
 
-    def __init__(self, folder: Path, images: int, batch: int) -> None:
+
+class Record:
+    """stats.jsonl and TensorBoard events of a run, written by rank 0, and what trackers are told;
+    `trackers` are closed with it."""
+
+    def __init__(
+        self, folder: Path, images: int, batch: int, trackers: Trackers | None = None
+    ) -> None:
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        self.folder, self.path, self.batch = folder, folder / "stats.jsonl", batch
+        self.trackers = trackers
+        self._go_on_from(images)
+
+    def _go_on_from(self, images: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        self.path, self.batch = folder / "stats.jsonl", batch
         self.seconds = forget_after(self.path, images)
         self._began = time.monotonic() - self.seconds
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=images + 1)
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=images + 1)
+
+    def go_back(self, images: int) -> None:
+        """Forget what came after so many images; trackers are told anew."""
+        self.board.close()
+        self._go_on_from(images)
 
     def values(self, images: int, values: dict[str, float]) -> None:
         """Append one tick's values."""
@@ -68,10 +84,19 @@ class Record:
         self._append({"images": images, "step": images // self.batch, "values": clean})
         for name, value in values.items():
             self.board.add_scalar(name, value, images)
+        if self.trackers:
+            self.trackers.values(images, values)
+
+    def picture(self, images: int, path: Path) -> None:
+        """Show trackers a sample grid that was written."""
+        if self.trackers:
+            self.trackers.picture(images, path)
 
     def event(self, images: int, event: str, text: str) -> None:
         """Append something that happened: start, resume, warning, nan, rollback, finish."""
         self._append({"images": images, "event": event, "text": text})
+        if self.trackers and event in TRACKED:
+            self.trackers.event(images, event)
 
     def _append(self, entry: dict[str, Any]) -> None:
         entry["seconds"] = round(time.monotonic() - self._began, 3)
@@ -79,8 +104,10 @@ class Record:
             file.write(json.dumps(entry) + "\n")
 
     def close(self) -> None:
-        """Write out what TensorBoard holds back."""
+        """Write out what TensorBoard and trackers hold back."""
         self.board.close()
+        if self.trackers:
+            self.trackers.close()
 
 
 def forget_after(path: Path, images: int) -> float:
