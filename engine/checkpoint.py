@@ -28,7 +28,7 @@ from engine.player import Player
 from engine.recipe import to_values
 from engine.session import Session
 
-SHARED, INDEX = "shared.safetensors", "checkpoint.json"
+SHARED, INDEX, BEST = "shared.safetensors", "checkpoint.json", "best.json"
 
 
 class CheckpointError(RuntimeError):
@@ -260,10 +260,30 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_best(folder: Path, best: dict[str, Any]) -> None:
+    """Note which checkpoint is the best: images, metric, value, protocol. `prune` keeps it."""
+    scratch = folder / f".{BEST}"
+    write_synced(scratch, json.dumps(best).encode())
+    os.replace(scratch, folder / BEST)
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """The best checkpoint so far, as `write_best` noted it, if it is still there."""
+    try:
+        best = json.loads((folder / BEST).read_text())
+        there = (folder / f"{best['images']:09}").is_dir()
+        return best if there and {"metric", "value"} <= best.keys() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and those kept for good. Rank 0's work."""
+    """Delete all but the newest `keep` checkpoints, the best, and those kept for good. Rank 0's
+    work."""
+    best = read_best(folder)
     for old in listing(folder)[keep:]:
-        if not _kept_for_good(old):
+        is_best = best is not None and int(old.name) == best["images"]
+        if not is_best and not _kept_for_good(old):
             shutil.rmtree(old, ignore_errors=True)
     for left in (*folder.glob(".writing-*"), *folder.glob(".old-*")):
         shutil.rmtree(left, ignore_errors=True)

@@ -7,7 +7,6 @@ import safetensors.torch
 from engine import checkpoint
 from engine.checkpoint import unused_name
 from engine.start import Training
-from engine.stats import Record
 
 ROLLBACKS = 3
 
@@ -74,6 +73,7 @@ def roll_back(t: Training, failure: NonFinite) -> None:
     text = f"back to {images:,} images with new noise ({salt} of {ROLLBACKS})"
     t.display.warn(text)
     if t.record:
-        t.record.close()
-        t.record = Record(t.folder, images, session.recipe.data.batch)
+        t.record.go_back(images)
+        if t.metrics:
+            t.metrics.go_back(images)
         t.record.event(images, "rollback", f"{failure}; {text}")

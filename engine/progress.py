@@ -25,8 +25,16 @@ def due(clock: Clock, every_kimg: float) -> bool:
     return bool(every) and clock.images // every > (clock.images - clock.batch) // every
 
 
-def tick(t: Training, pace: Pace, sample: bool) -> Pace:
-    """Read the statistics and write them out, with pictures if `sample`; a new pace.
+def measures(t: Training, last: bool) -> bool:
+    """Whether the samples are measured after this iteration."""
+    return t.metrics is not None and (
+        last or due(t.session.clock, t.session.recipe.metrics.every_kimg)
+    )
+
+
+def tick(t: Training, pace: Pace, sample: bool, measure: bool = False) -> Pace:
+    """Read the statistics and write them out, with pictures if `sample`, with metrics if `measure`;
+    a new pace.
 
     Raises NonFinite on all ranks if any update since the last tick was not finite.
     """
@@ -38,6 +46,8 @@ def tick(t: Training, pace: Pace, sample: bool) -> Pace:
     values["time/data_share"] = pace.waited / seconds
     values["memory/gib"] = memory_gib(clock.device)
     values["data/skipped"] = t.pipeline.skipped
+    if measure:
+        values |= t.metrics.measure(t.session)
     if t.record and t.snapshots:
         try:
             _write_out(t, values, sample)
@@ -52,6 +62,8 @@ def _write_out(t: Training, values: dict[str, float], sample: bool) -> None:
         values |= t.snapshots.take()
     t.display.update(images, values)
     t.record.values(images, values)
+    if sample:
+        t.record.picture(images, t.folder / "samples" / f"{images:09}.png")
     for warning in t.monitors.warnings(images, values):
         t.display.warn(warning)
         t.record.event(images, "warning", warning)
@@ -84,6 +96,8 @@ def save(t: Training) -> None:
     t.stop.settle()
     checkpoint.save(t.session, t.checkpoints, t.facts, due(clock, outputs.keep_every))
     if t.session.ranks.rank == 0:
+        if t.metrics:
+            t.metrics.keep(t.checkpoints)
         checkpoint.prune(t.checkpoints, outputs.keep)
 
 

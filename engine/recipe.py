@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from engine import track
 from engine.networks.spec import ImageSpec
 from engine.settings import Inline, Length, PlayerSettings, Recipe
 
@@ -18,7 +19,7 @@ FOLDER = Path(__file__).parent / "recipes"
 
 # What a resumed run may be given anew; everything else defines the run.
 MAY_CHANGE = (
-    *(f"{part}." for part in ("length", "outputs")),
+    *(f"{part}." for part in ("length", "outputs", "metrics")),
     *(f"data.{name}" for name in ("root", "path", "cache", "workers", "download", "on_error")),
     *("device", "on_nan"),
 )
@@ -116,6 +117,8 @@ def check(recipe: Recipe, world_size: int) -> None:
     if recipe.seed < 0 or recipe.data.workers < 0:
         raise ValueError("--seed and --data.workers must not be negative")
     _check_outputs(recipe)
+    if recipe.metrics.every_kimg < 0 or recipe.metrics.generated < 1 or recipe.metrics.real < 0:
+        raise ValueError("--metrics.every-kimg, .generated and .real must not be negative")
     for name, player in recipe.step.players().items():
         _check_player(name, player)
 
@@ -141,6 +144,7 @@ def _check_outputs(recipe: Recipe) -> None:
             raise ValueError(f"--{flag} must be positive (thousands of images)")
     if outputs.keep < 1 or outputs.samples < 1:
         raise ValueError("--keep and --samples must be at least 1")
+    track.check(outputs.track)
 
 
 def total_images(recipe: Recipe, dataset_images: int) -> int:

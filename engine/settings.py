@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -77,6 +78,37 @@ class Outputs:
     """Newest checkpoints kept."""
     keep_every: float = 0.0
     """Checkpoints at multiples of this many thousand images are kept for good; 0 keeps none."""
+    track: tuple[str, ...] = ()
+    """Trackers beside TensorBoard, which is always on: aim, clearml, comet_ml, dvclive, mlflow,
+    swanlab, trackio, wandb."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How the samples are measured, while training and by `engine.evaluate`. May change on resume:
+    it never changes what is trained."""
+
+    every_kimg: float = 0.0
+    """Measure each time so many thousand images were seen, and at the end; 0 never does while
+    training."""
+    generated: int = 10_000
+    """Images generated for a figure."""
+    real: int = 10_000
+    """Real images that they are compared with, at most; 0 takes the whole split."""
+    split: Literal["train", "test"] = "train"
+    """Which real images: those that were trained on, or held-out ones."""
+    extractor: Literal["auto", "inception", "classifier"] = "auto"
+    """What makes features: inception (fetched by the library), a small classifier trained on the
+    labelled dataset once; auto takes Inception where its weights are here, else the classifier."""
+    weights: Path | None = None
+    """Weights of the extractor: Inception's (.pth), TorchScript (.pt), or .safetensors."""
+    network: str | None = None
+    """Class that the .safetensors weights are for, MODULE:CLASS; built without arguments, called
+    with uint8 images (N, 3, H, W), it gives features (N, D), or features and logits."""
+    seed: int = 0
+    """Seed of the latents that are measured."""
+    lpips: bool = False
+    """LPIPS too, where images come in pairs (the library fetches AlexNet)."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +133,19 @@ class Algorithm:
         """Length of the latent vector."""
         raise ValueError("this recipe's model has no latent vector")
 
+    def sampler(self, networks: "Networks") -> nn.Module:
+        """What makes images (N, C, H, W), float32 in [-1, 1], from latent vectors (N, L), in the
+        mode that the networks are in; it shares their weights."""
+        raise ValueError("this recipe's model does not generate images from latent vectors")
+
+    def sampler_settings(self) -> Network:
+        """Sizes whose `build` gives the module that `sampler` does, for whoever has only its
+        weights."""
+        raise ValueError("this recipe's model does not generate images from latent vectors")
+
     def decode(self, networks: "Networks", z_NL: Tensor) -> Tensor:
         """Images (N C H W in [-1, 1]) from latent vectors, by networks in eval mode."""
-        raise ValueError("this recipe's model does not generate images from latent vectors")
+        return self.sampler(networks)(z_NL).float()
 
     def reconstruct(self, networks: "Networks", images_NCHW: Tensor) -> Tensor:
         """What the model makes of given images (N C H W in [-1, 1])."""
@@ -122,6 +164,7 @@ class Recipe:
     data: Data = Data()
     length: Annotated[Length, Inline] = Length(kimg=1000)
     outputs: Annotated[Outputs, Inline] = Outputs()
+    metrics: Metrics = Metrics()
     seed: int = 0
     """Seed of the weights, the data order and all noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -15,15 +15,17 @@ from engine import checkpoint, parallel, run, session
 from engine.compile import Compiler, choose_compile, compile_obstacle, graphs, rehearse
 from engine.describe import Cost
 from engine.display import Display
+from engine.metrics.schedule import Schedule
 from engine.monitors import Monitors
 from engine.parallel import Ranks
 from engine.precision import Precision, choose_precision
-from engine.recipe import Command, total_images
+from engine.recipe import Command, flatten, total_images
 from engine.session import Session
 from engine.settings import Recipe
 from engine.signals import StopRequest
 from engine.snapshot import Snapshots
 from engine.stats import Record, Stats
+from engine.track import Trackers
 from pipelines.datasets import BadImage, Dataset, DatasetMissing, find
 from pipelines.open import Pipeline, open_pipeline
 from pipelines.settings import Data
@@ -47,6 +49,7 @@ class Training:
     exits: ExitStack
     record: Record | None = None
     snapshots: Snapshots | None = None
+    metrics: Schedule | None = None
     to_go_on: str = "the same command goes on"
     monitors: Monitors = field(default_factory=Monitors)
 
@@ -142,6 +145,9 @@ def _prepare(
     if command.fresh:
         t.to_go_on = f"the same command with --run-name {folder.name} in place of --fresh goes on"
     _agree(ranks, lambda: _open_outputs(t, dataset, None if before else resolved, resumed))
+    if recipe.metrics.every_kimg and live.clock.images < total:
+        t.metrics = Schedule(live, folder, display.line)
+        exits.callback(t.metrics.close)
     if compiler.active and live.clock.images < total:
         _compile(live, pipeline, display)
     return t
@@ -154,7 +160,9 @@ def _open_outputs(
     images = t.session.clock.images
     if resolved:
         run.write_recipe(t.folder, t.name, t.session.recipe, resolved)
-    t.record = Record(t.folder, images, t.session.recipe.data.batch)
+    recipe = t.session.recipe
+    trackers = Trackers(recipe.outputs.track, t.folder, t.name, flatten(recipe), t.display.warn)
+    t.record = Record(t.folder, images, recipe.data.batch, trackers)
     t.exits.callback(t.record.close)
     t.snapshots = Snapshots(t.session, t.folder, dataset)
     t.exits.callback(t.snapshots.close)

@@ -17,6 +17,7 @@ from engine.failure import NonFinite, roll_back, write_evidence
 from engine.parallel import choose_device, environment, leave
 from engine.precision import choose_precision
 from engine.run import RunError, device_name
+from engine.settings import Metrics
 from engine.start import Training, begin, fail, find_dataset
 from engine.stats import synchronize
 from pipelines.datasets import BadImage, Dataset, DatasetMissing
@@ -53,10 +54,11 @@ def loop(t: Training) -> bool:
             first = False
         last, stop = clock.images >= t.total, t.stop.agreed(t.session.ranks)
         sample = last or progress.due(clock, outputs.sample_every)
+        measure = progress.measures(t, last)
         save = last or stop or progress.due(clock, outputs.checkpoint_every)
-        if sample or save or progress.due(clock, outputs.log_every):
-            pace = progress.tick(t, pace, sample)
-        if save:
+        if sample or save or measure or progress.due(clock, outputs.log_every):
+            pace = progress.tick(t, pace, sample, measure)
+        if save or (measure and t.metrics.improved):
             progress.save(t)
         if stop and not last:
             return False
@@ -129,8 +131,18 @@ def dry_run(
         "device": f"{device_name(device)}, {ranks} rank(s)",
         "precision": f"{precision.name} ({precision.reason})",
         "compile": f"{units} ({compiler.reason})",
+        "metrics": _metrics(recipe.metrics),
     }
     describe.show(Console(), name, recipe, facts, len(dataset.classes))
+
+
+def _metrics(settings: Metrics) -> str:
+    """When the samples are measured, in words."""
+    if not settings.every_kimg:
+        return "not while training (--metrics.every-kimg)"
+    real = f"{settings.real:,}" if settings.real else "all"
+    against = f"{settings.generated:,} generated against {real} of the {settings.split} split"
+    return f"every {settings.every_kimg:g} kimg, {against}"
 
 
 def list_recipes() -> None:

@@ -4,6 +4,7 @@
 the process group and before any compile. Nothing is ever replaced by synthetic images.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -147,12 +148,19 @@ def _celeba(data: Data, split: str, fit: Fit) -> Dataset:
     partition = next((p for f in lists if (p := layouts.read_partition(f)) is not None), None)
     if partition is not None:
         wanted = 0 if split == "train" else 2
-        stems = [Path(bytes(name).decode(errors="surrogateescape")).stem for name in names]
+        stems = [Path(os.fsdecode(bytes(name))).stem for name in names]
         names = names[[partition.get(stem) == wanted for stem in stems]]
     if (partition is None and split != "train") or not len(names):
         why = "no list_eval_partition" if partition is None else "none of that partition here"
         raise NoSplit(f"celeba in {folder} has no {split} images ({why})")
-    return FileSet("celeba", split, fit, None, (), note, folder, names)
+    dataset = FileSet("celeba", split, fit, None, (), note, folder, names)
+    if (listed := next((a for f in lists if (a := layouts.read_attributes(f))), None)) is not None:
+        titles, of_stem = listed
+        stems = [Path(os.fsdecode(bytes(name))).stem for name in names]
+        if all(stem in of_stem for stem in stems):
+            dataset.attributes = np.array([of_stem[stem] for stem in stems], np.uint8)
+            dataset.attribute_names = titles
+    return dataset
 
 
 def _folder(data: Data, split: str, fit: Fit) -> Dataset:

@@ -85,6 +85,22 @@ def read_partition(folder: Path) -> dict[str, int] | None:
     return None
 
 
+def read_attributes(folder: Path) -> tuple[tuple[str, ...], dict[str, list[bool]]] | None:
+    """CelebA's attributes: their names, and each image's by file stem; None if there is no list."""
+    for name, delimiter in (("list_attr_celeba.txt", " "), ("list_attr_celeba.csv", ",")):
+        if (folder / name).is_file():
+            with (folder / name).open(newline="") as file:
+                rows = [
+                    [field for field in row if field]
+                    for row in csv.reader(file, delimiter=delimiter)
+                ]
+            rows = [row for row in rows if len(row) > 1]  # the first line may be their number
+            names = [field for field in rows[0] if field != "image_id"]
+            whole = (row for row in rows[1:] if len(row) == len(names) + 1)
+            return tuple(names), {Path(row[0]).stem: [v == "1" for v in row[1:]] for row in whole}
+    return None
+
+
 def list_images(folder: Path) -> np.ndarray:
     """Relative names of the images below a folder, bytes (n,), sorted; hidden files left out."""
     found, seen = [], set()

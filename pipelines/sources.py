@@ -7,7 +7,7 @@ of the torchvision pipeline holds one.
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ class Dataset(ABC):
     """A dataset on disk, opened at a recipe's channels and resolution.
 
     labels: int64 (n,) or None. classes: their names, or (). note: what a user should know about
-    this copy ("subset: 8,000 of 202,599 images"), or "".
+    this copy ("subset: 8,000 of 202,599 images"), or "". attributes: uint8 (n, a) of 0 and 1, or
+    None; attribute_names: theirs.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Dataset(ABC):
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     note: str = ""
+    attributes: np.ndarray | None = field(default=None, kw_only=True)
+    attribute_names: tuple[str, ...] = field(default=(), kw_only=True)
 
     @abstractmethod
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.checkpoint import save
+from engine.metrics import classifier
 from engine.session import Session
 from pipelines.settings import Data
 from tests.batches import folder_of_22
@@ -17,6 +18,13 @@ from tests.checkpoints import FACTS, advance, started
 def _shared_settings(tmp_path_factory):
     torch.set_num_threads(1)  # OpenMP threads spin on busy cores: ten times slower
     os.environ["SADDLE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def weights(_shared_settings) -> str:
+    """The metrics' classifier of the digits, as a file of weights for any images."""
+    classifier.open_classifier(Data(name="digits"), torch.device("cpu"), print)
+    return str(next(Data().cache_folder().glob("classifier-digits-*.safetensors")))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from engine import checkpoint
 from engine.networks.spec import Network
@@ -110,8 +111,9 @@ def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[
 
 
 def newest_picture(folder: Path) -> bytes:
-    """The last sample grid, as it lies on disk."""
-    return max((folder / "samples").glob("*.png")).read_bytes()
+    """The pixels of the last sample grid; its metadata name the run."""
+    with Image.open(max((folder / "samples").glob("*.png"))) as picture:
+        return picture.tobytes()
 
 
 def toy(name: str, batch: int = 8) -> tuple[Recipe, list[str]]:
@@ -121,7 +123,7 @@ def toy(name: str, batch: int = 8) -> tuple[Recipe, list[str]]:
     small = _shrink(recipe)
     resolution = recipe.data.resolution if recipe.data.resolution < 32 else 32
     data = replace(recipe.data, name="synthetic", resolution=resolution, batch=batch, crop=None)
-    small = replace(small, data=data)
+    small = replace(small, data=data, metrics=replace(recipe.metrics, every_kimg=0.0))
     before, after = flatten(recipe, flags=True), flatten(small, flags=True)
     flags: list[str] = []
     for flag, value in after.items():

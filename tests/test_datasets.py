@@ -138,6 +138,27 @@ def test_celeba_partitions(tmp_path, suffix, place):
     assert [Path(test.describe(i)).stem for i in range(len(test))] == ["000003"]
 
 
+ATTRIBUTES_TXT = (
+    "3\nBald  Smiling Young\n000001.jpg -1  1 -1\n000002.jpg  1 -1 -1\n000003.jpg  1 1  1\n"
+)
+ATTRIBUTES_CSV = (
+    "image_id,Bald,Smiling,Young\n000001.jpg,-1,1,-1\n000002.jpg,1,-1,-1\n000003.jpg,1,1,1\n"
+)
+
+
+@pytest.mark.parametrize(("suffix", "text"), [("txt", ATTRIBUTES_TXT), ("csv", ATTRIBUTES_CSV)])
+def test_celeba_attributes(tmp_path, suffix, text):
+    for number in (1, 3):
+        save(tmp_path / "celeba" / "img_align_celeba" / f"00000{number}.jpg")
+    (tmp_path / "celeba" / f"list_attr_celeba.{suffix}").write_text(text)
+    data = Data(name="celeba", root=tmp_path, resolution=8)
+    faces = find(data)
+    assert faces.attribute_names == ("Bald", "Smiling", "Young")
+    assert faces.attributes.tolist() == [[0, 1, 0], [1, 1, 1]]
+    save(tmp_path / "celeba" / "img_align_celeba" / "000007.jpg")  # of which the list says nothing
+    assert find(data).attributes is None
+
+
 def test_celeba_without_lists(tmp_path):
     save(tmp_path / "faces" / "img_align_celeba" / "000001.jpg")
     for path in (tmp_path / "faces", tmp_path / "faces" / "img_align_celeba"):

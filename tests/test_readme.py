@@ -4,11 +4,18 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from engine import recipe
+from engine.evaluate import main as evaluate
+from engine.export.__main__ import main as export
+from engine.report.__main__ import main as report
+from engine.sample import main as sample
 from engine.train import main
+from tests.images import images
 from tests.runs import QUICK, ROOT, environment, toy, train
 
 README = (ROOT / "README.md").read_text()
@@ -16,21 +23,26 @@ COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
 ]
 TRAIN = [c for c in COMMANDS if "-m engine.train" in c]
-SAMPLE = [c for c in COMMANDS if "-m engine.sample" in c]
+SERVE = [c for c in COMMANDS if "-m engine.serve" in c]
+VERBS = {"sample": sample, "evaluate": evaluate, "report": report, "export": export}
+USE = [c for c in COMMANDS if (m := re.search(r"-m engine\.(\w+)", c)) and m[1] in VERBS]
 MAKE = [c for c in COMMANDS if c.startswith("make ")]
 
 
+FEW = ["--metrics.generated", "300", "--metrics.real", "300"]
+
+
 def test_every_command_is_tried_here():
-    others = set(COMMANDS) - {*TRAIN, *SAMPLE, *MAKE, "pytest bench/ --benchmark-only"}
+    others = set(COMMANDS) - {*TRAIN, *USE, *SERVE, *MAKE, "pytest bench/ --benchmark-only"}
     assert not others
-    assert min(len(TRAIN), len(SAMPLE), len(MAKE)) >= 2
+    assert min(len(TRAIN), len(USE), len(SERVE), len(MAKE)) >= 1
 
 
 SLOW = [pytest.param(c, marks=pytest.mark.slow) for c in TRAIN if "nproc" in c]
 
 
 @pytest.mark.parametrize("line", [*(c for c in TRAIN if "nproc" not in c), *SLOW])
-def test_a_training_command_runs(line, tmp_path, capsys):
+def test_a_training_command_runs(line, tmp_path, weights, capsys):
     launcher, _, rest = line.partition("-m engine.train ")
     name, *given = shlex.split(rest)
     if name.startswith("--") or {"--help", "--dry-run"} & set(given):
@@ -41,6 +53,8 @@ def test_a_training_command_runs(line, tmp_path, capsys):
         assert "dcgan_digits" in capsys.readouterr().out
         return
     flags = [f for f in given if f not in ("--epochs", "20")]
+    if "--metrics.every-kimg" in flags:
+        flags += ["--metrics.weights", weights, *FEW]
     ranks = re.search(r"nproc_per_node=(\d+)", launcher)
     toy_flags = toy(name)[1]
     train(
@@ -49,16 +63,40 @@ def test_a_training_command_runs(line, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("line", SAMPLE)
-def test_a_sampling_command_runs(line, tmp_path):
-    from engine.sample import main as sample
+def prepare(words: list[str], weights: str) -> list[str]:
+    """Make the runs, exports and folders of images that a command names, in the current folder."""
+    for word in words:
+        if word.startswith("runs/"):
+            _, name, run, *export_folder = word.split("/")
+            flags = [*toy(name)[1], *QUICK, "--steps", "1", "--run", run]
+            if "best" in words:
+                flags += ["--metrics.every-kimg", "1", *FEW, "--metrics.weights", weights]
+            assert main([name, *flags]) == 0
+            if export_folder:
+                assert export([str(Path(word).parent), "--formats", "safetensors"]) == 0
+        elif word.endswith("/") and word != "samples/":
+            images(Path(word), 300, (20, 20), len(word))
+    return [weights if word.endswith(".pth") else word for word in words]
 
-    words = shlex.split(line.partition("-m engine.sample ")[2])
-    run = tmp_path / words[0]
-    flags = [*toy(name := run.parent.name)[1], *QUICK, "--steps", "1"]
-    assert main([name, *flags, "--runs", str(run.parent.parent), "--run", run.name]) == 0
-    words = [str(tmp_path / w) if "/" in w or "." in w else w for w in words]
-    assert sample(words) == 0
+
+@pytest.mark.parametrize("line", USE)
+def test_a_command_for_runs_and_images_runs(line, tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(tmp_path)
+    verb, words = re.fullmatch(r"python -m engine\.(\w+) (.*)", line).groups()
+    words = prepare(shlex.split(words), weights)
+    if verb == "evaluate":
+        if "--real" in words and "--metrics.weights" in words:
+            images(tmp_path / "samples", 300, (20, 20), 1)
+        words += [*FEW, "--metrics.weights", weights]
+    assert VERBS[verb](words) == 0
+
+
+@pytest.mark.parametrize("line", SERVE)
+def test_the_page_is_one_that_the_verb_knows(line):
+    verb = [sys.executable, *line.split()[1:3], "--help"]
+    done = subprocess.run(verb, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "trained model" in done.stdout
 
 
 @pytest.mark.parametrize("line", MAKE)

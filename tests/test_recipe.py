@@ -34,14 +34,19 @@ def other_value(flag: str, value: object) -> tuple[list[str], object]:
         "data.name": "synthetic",
         "data.pipeline": "torchvision",
         "data.on-error": "skip",
+        "metrics.split": "test" if value == "train" else "train",
+        "metrics.extractor": "inception",
+        "metrics.network": "module:Class",
         "pixels": "gaussian" if value == "bernoulli" else "bernoulli",
     }
     if flag in choices:
         return [choices[flag]], choices[flag]
     if flag == "data.channels":
         return (["1"], 1) if value == 3 else (["3"], 3)
-    if flag in ("data.root", "data.path", "data.cache"):
+    if flag in ("data.root", "data.path", "data.cache", "metrics.weights"):
         return ["/some/place"], Path("/some/place")
+    if flag == "track":
+        return ["wandb", "mlflow"], ("wandb", "mlflow")
     if isinstance(value, bool):
         return [], not value
     if isinstance(value, tuple):

@@ -12,7 +12,7 @@ one thread of 2 shared cores of an AMD EPYC (Zen 5) without GPU, --compile off.
 """
 
 from engine.networks import dcgan
-from engine.settings import Adam, Length, Outputs, PlayerSettings, Recipe
+from engine.settings import Adam, Length, Metrics, Outputs, PlayerSettings, Recipe
 from engine.steps.adversarial import Adversarial
 from pipelines.settings import Data
 
@@ -28,4 +28,5 @@ def recipe() -> Recipe:
         ),
         length=Length(kimg=300),
         outputs=Outputs(log_every=6, sample_every=60, checkpoint_every=60),
+        metrics=Metrics(every_kimg=100, split="test"),
     )

@@ -1,0 +1,49 @@
+"""How near are images to the images that they should be? PSNR, SSIM and LPIPS, by torchmetrics."""
+
+import torch
+from torch import Tensor
+
+
+class Pairs:
+    """Streamed means over pairs of images; peak value 1."""
+
+    def __init__(self, device: torch.device, lpips: bool = False) -> None:
+        from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+        # per image, then averaged: the mean of decibels is not the decibel of a mean
+        self.metrics = {
+            "psnr": PeakSignalNoiseRatio(data_range=1.0, reduction="none", dim=(1, 2, 3)),
+            "ssim": StructuralSimilarityIndexMeasure(data_range=1.0, reduction="none"),
+        }
+        if lpips:
+            self.metrics["lpips"] = _lpips()
+        for metric in self.metrics.values():
+            metric.to(device)
+        self.sums = dict.fromkeys(self.metrics, 0.0)
+        self.count = 0
+
+    def add(self, made_NCHW: Tensor, goal_NCHW: Tensor) -> None:
+        """Take in pairs of uint8 images (N, C, H, W)."""
+        made_NCHW, goal_NCHW = made_NCHW.float() / 255, goal_NCHW.float() / 255
+        for name, metric in self.metrics.items():
+            if name == "lpips":
+                shape = (-1, 3, -1, -1)
+                value = metric(made_NCHW.expand(shape), goal_NCHW.expand(shape)) * len(made_NCHW)
+            else:
+                value = metric(made_NCHW, goal_NCHW).sum()
+            self.sums[name] += float(value)
+            metric.reset()
+        self.count += len(made_NCHW)
+
+
+def _lpips() -> torch.nn.Module:
+    """LPIPS with AlexNet (Zhang et al. 2018). Raises ValueError where it cannot be fetched."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    try:
+        return LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
+    except OSError as error:
+        raise ValueError(
+            f"--metrics.lpips: AlexNet's weights cannot be fetched ({error}); put torchvision's "
+            f"file into {torch.hub.get_dir()}/checkpoints, or leave --metrics.lpips out"
+        ) from None

@@ -1,0 +1,45 @@
+"""What a figure was measured with; figures of different protocols do not go side by side."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How figures were measured; stored beside them.
+
+    extractor, extractor_digest: the ruler. real, generated: numbers of images. dataset: digest of
+    the real images' content. resize: from their resolution to the extractor's. ema: whether the
+    moving average of the weights was sampled from. seed: of the latents.
+    """
+
+    extractor: str
+    extractor_digest: str
+    dataset: str
+    split: str
+    resolution: str
+    resize: str
+    real: int
+    generated: int
+    ema: bool
+    seed: int
+
+    def values(self) -> dict[str, str | int | bool]:
+        """As it is stored."""
+        return asdict(self)
+
+    def digest(self) -> str:
+        """A short name of the protocol."""
+        return hashlib.sha256(json.dumps(self.values(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(protocols: dict[str, Protocol]) -> list[str]:
+    """One line for each part in which the named protocols differ."""
+    rows = {name: protocol.values() for name, protocol in protocols.items()}
+    first = next(iter(rows.values()))
+    return [
+        f"{part}: " + ", ".join(f"{name} has {row[part]}" for name, row in rows.items())
+        for part in first
+        if len({str(row[part]) for row in rows.values()}) > 1
+    ]

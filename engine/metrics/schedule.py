@@ -1,0 +1,92 @@
+"""Measuring while training: when, what is written of it, and which checkpoint is the best so far.
+
+metrics.jsonl            one object per evaluation: images, figures, protocol, seconds
+checkpoints/best.json    images, metric, value, protocol (digest) of the best checkpoint
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.checkpoint import read_best, write_best
+from engine.metrics.evaluator import Evaluation, Evaluator
+from engine.session import Session
+from engine.stats import forget_after
+
+RANKED = (("fid", -1), ("elbo", 1), ("psnr", 1))
+"""Figures by which checkpoints are ranked, the first that there is; -1 where lower is better."""
+
+
+class Schedule:
+    """A run's evaluations. Every rank calls it; rank 0 writes."""
+
+    def __init__(self, session: Session, folder: Path, say: Callable[[str], None]) -> None:
+        """Open extractor and real images. Raises ValueError naming a setting."""
+        self.folder, self.improved, self._say = folder, False, say
+        self._evaluator = Evaluator(session.recipe, session.ranks, say)
+        best = read_best(folder / "checkpoints") if session.ranks.rank == 0 else None
+        self._best = session.ranks.share(best)
+        self._pending: dict | None = None
+        self._seconds, self._began = 0.0, time.monotonic()
+        if session.ranks.rank == 0:
+            forget_after(folder / "metrics.jsonl", session.clock.images)
+
+    def measure(self, session: Session) -> dict[str, float]:
+        """Evaluate this moment's samplers; values for the statistics. Sets `improved` on all ranks
+        where this moment is the best so far and wants a checkpoint."""
+        averaged = any(player.average for player in session.players.values())
+        evaluation = self._evaluator.evaluate(session.samplers(), averaged)
+        self._seconds += evaluation.seconds
+        images = session.clock.images
+        self._rank(images, evaluation)
+        if session.ranks.rank == 0:
+            self._append(images, evaluation)
+        share = self._seconds / max(time.monotonic() - self._began, 1e-9)
+        values = {f"metric/{name}": value for name, value in evaluation.figures.items()}
+        return values | {"time/metrics_share": share}
+
+    def keep(self, checkpoints: Path) -> None:
+        """Note that the checkpoint of this moment, now written, is the best. Rank 0's work."""
+        if self._pending:
+            write_best(checkpoints, self._pending)
+
+    def go_back(self, images: int) -> None:
+        """Forget what came after so many images. Rank 0's work."""
+        forget_after(self.folder / "metrics.jsonl", images)
+
+    def close(self) -> None:
+        """Let go of what the evaluator holds."""
+        self._evaluator.close()
+
+    def _rank(self, images: int, evaluation: Evaluation) -> None:
+        """Compare with the best so far; a figure of another protocol does not count."""
+        figures, protocol = evaluation.figures, evaluation.protocol.digest()
+        metric, sign = next(((m, s) for m, s in RANKED if m in figures), (None, 0))
+        self.improved, self._pending = False, None
+        if metric is None or not math.isfinite(figures[metric]):
+            return
+        best = self._best
+        known = best is not None and (best["metric"], best.get("protocol")) == (metric, protocol)
+        if known and sign * figures[metric] <= sign * best["value"]:
+            return
+        self._best = {"images": images, "metric": metric, "value": figures[metric]}
+        self._best["protocol"] = protocol
+        self.improved, self._pending = True, self._best
+
+    def _append(self, images: int, evaluation: Evaluation) -> None:
+        entry = {
+            "images": images,
+            "figures": {k: v if math.isfinite(v) else None for k, v in evaluation.figures.items()},
+            "protocol": evaluation.protocol.values(),
+            "seconds": round(evaluation.seconds, 3),
+        }
+        try:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:  # figures are not worth the run
+            self._say(f"cannot write {self.folder / 'metrics.jsonl'} ({error}); training goes on")
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in evaluation.figures.items())
+        best = " (the best so far)" if self.improved else ""
+        self._say(f"metrics at {images:,} images{best}: {shown} ({evaluation.seconds:.1f} s)")

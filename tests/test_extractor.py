@@ -1,0 +1,147 @@
+"""What makes features: files of every kind, the small classifier, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from engine.metrics import classifier, extractor
+from engine.metrics.extractor import from_file, open_extractor
+from engine.settings import Metrics
+from pipelines.settings import Data
+
+CPU = torch.device("cpu")
+IMAGES = torch.randint(0, 256, (4, 1, 20, 20), dtype=torch.uint8)
+
+
+class Small(nn.Module):
+    """A network of the user's, in a .safetensors file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return self.layers(images_NCHW.float())
+
+
+@pytest.fixture(scope="module")
+def own_digits(tmp_path_factory) -> Data:
+    """The digits with a cache of their own."""
+    return Data(name="digits", cache=tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture(scope="module")
+def digits(own_digits):
+    lines: list[str] = []
+    return *classifier.open_classifier(own_digits, CPU, lines.append), lines
+
+
+def test_the_classifier_is_trained_once_and_says_how_good_it_is(digits, own_digits):
+    _, about, lines = digits
+    assert about["accuracy"] > 0.95
+    assert any("right on" in line for line in lines)
+    again: list[str] = []
+    _, stored = classifier.open_classifier(own_digits, CPU, again.append)
+    assert not again
+    assert stored["digest"] == about["digest"]
+
+
+def test_the_classifier_takes_images_of_any_size_and_colour(digits):
+    made = extractor.of_classifier(*digits[:2])
+    for shape in ((3, 1, 32, 32), (3, 3, 16, 16), (3, 3, 70, 70)):
+        features_ND, logits_NK = made.forward(torch.randint(0, 256, shape, dtype=torch.uint8))
+        assert features_ND.shape == (3, made.size)
+        assert logits_NK.shape == (3, 10)
+    assert "digits" in made.name
+    assert made.digest == digits[1]["digest"]
+
+
+def test_a_stored_classifier_serves_as_weights(digits, own_digits):
+    path = next(own_digits.cache_folder().glob("classifier-digits-*.safetensors"))
+    made = from_file(Metrics(weights=path), CPU)
+    assert made.digest == digits[1]["digest"]
+
+
+def test_a_dataset_without_labels_is_refused_with_the_remedies(data):
+    one_class = next(path for path in data.path.iterdir() if path.is_dir())
+    with pytest.raises(ValueError, match=r"no labels.*--metrics\.weights"):
+        open_extractor(Metrics(), replace(data, path=one_class), CPU, print)
+
+
+def test_torchscript_is_taken_as_it_is(tmp_path):
+    path = tmp_path / "small.pt"
+    torch.jit.script(Small()).save(str(path))
+    made = from_file(Metrics(weights=path), CPU)
+    assert (made.size, made.forward(IMAGES)[0].shape) == (8, (4, 8))
+    assert made.forward(IMAGES)[1] is None
+
+
+def test_safetensors_with_a_named_class(tmp_path):
+    path, network = tmp_path / "small.safetensors", Small()
+    safetensors.torch.save_file(network.state_dict(), path)
+    made = from_file(Metrics(weights=path, network="tests.test_extractor:Small"), CPU)
+    assert torch.equal(made.forward(IMAGES)[0], network(IMAGES.expand(-1, 3, -1, -1)))
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """A stand-in of torch-fidelity's Inception: the same structure, weights not trained."""
+    from torch_fidelity import feature_extractor_inceptionv3 as library
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "load_state_dict_from_url", lambda *args, **options: {})
+        patch.setattr(library.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+        network = library.FeatureExtractorInceptionV3("stand-in", ["2048"])
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_from_a_file(inception_file):
+    made = from_file(Metrics(weights=inception_file), CPU)
+    features_ND, logits_NK = made.forward(IMAGES[:2])
+    assert features_ND.shape == (2, 2048)
+    assert logits_NK.shape == (2, 1008)
+    assert features_ND.isfinite().all()
+
+
+def test_inception_in_the_librarys_cache_is_taken_unasked(inception_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / extractor.INCEPTION).symlink_to(inception_file)
+    made = open_extractor(Metrics(), Data(name="digits"), CPU, print)
+    assert made.size == 2048
+
+
+def test_inception_that_cannot_be_fetched_is_an_error_with_the_remedies(monkeypatch):
+    def fail(*args, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    with pytest.raises(ValueError, match=r"no route to host.*--metrics.weights"):
+        open_extractor(Metrics(extractor="inception"), Data(name="digits"), CPU, print)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_weights_of_the_wrong_kind_are_refused_and_never_unpickled(tmp_path, capsys):
+    torch.save({"layer": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save(Evil(), tmp_path / "evil.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.pt").write_text("no script")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "weights.bin").write_text("")
+    for path in (*sorted(tmp_path.iterdir()), tmp_path / "nowhere.pth"):
+        with pytest.raises(ValueError, match=path.name):
+            from_file(Metrics(weights=path), CPU)
+    with pytest.raises(ValueError, match=r"tests\.test_extractor:Other"):
+        path = tmp_path / "other.safetensors"
+        from_file(Metrics(weights=path, network="tests.test_extractor:Other"), CPU)
+    assert "unpickled" not in capsys.readouterr().out
