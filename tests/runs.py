@@ -113,6 +113,7 @@ def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[
 def newest_picture(folder: Path) -> bytes:
     """The pixels of the last sample grid; its metadata name the run."""
     with Image.open(max((folder / "samples").glob("*.png"))) as picture:
+        assert picture.format == "PNG"
         return picture.tobytes()
 
 
