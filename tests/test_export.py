@@ -20,7 +20,7 @@ from engine.recipe import image_spec, names
 from engine.session import build_networks
 from engine.trained import open_run
 from tests.runs import toy
-from tests.trained import trained
+from tests.trained import refused_by, trained
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--data.name", "digits", "--data.resolution", "8")
@@ -65,13 +65,7 @@ def quickly(*arguments: object) -> int:
     return export(*arguments, "--formats", "safetensors")
 
 
-def refused(capsys: pytest.CaptureFixture, code: int, *arguments: object) -> str:
-    """The one line that a command fails with."""
-    capsys.readouterr()
-    assert quickly(*arguments) == code
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+refused = refused_by(quickly)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from engine import exported, sample
 from engine.export import __main__ as export
 from engine.exported import open_export
 from engine.trained import Model, open_run
-from tests.trained import trained
+from tests.trained import refused_by, trained
 
 FILES = tuple(exported.FILES.values())
 
@@ -53,13 +53,7 @@ def run(*arguments: object) -> int:
     return sample.main([str(a) for a in arguments])
 
 
-def refused(capsys: pytest.CaptureFixture, code: int, *arguments: object) -> str:
-    """The one line that a command fails with."""
-    capsys.readouterr()
-    assert run(*arguments) == code
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+refused = refused_by(run)
 
 
 def images(model: Model) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from engine import sample
-from tests.trained import trained
+from tests.trained import refused_by, trained
 
 GAN = ("--generator.width", "4", "--discriminator.channels", "4", "8", "--generator.latent", "6")
 DIGITS = ("--data.name", "digits", "--data.resolution", "8")
@@ -56,13 +56,7 @@ def pixels(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
 
 
-def refused(capsys: pytest.CaptureFixture, code: int, *arguments: object) -> str:
-    """The one line that a command fails with."""
-    capsys.readouterr()
-    assert run(*arguments) == code
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+refused = refused_by(run)
 
 
 def test_the_command_as_a_user_types_it(gan: Path, tmp_path: Path) -> None:

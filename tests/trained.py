@@ -1,7 +1,10 @@
 """Short runs through the command line, in the test's own process."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from engine import train
 
@@ -18,3 +21,16 @@ def trained(folder: Path, name: str, *flags: str) -> Path:
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
     return folder / name / "a"
+
+
+def refused_by(verb: Callable[..., int]) -> Callable[..., str]:
+    """A function (capsys, code, *arguments) that gives the one line with which the verb fails."""
+
+    def refused(capsys: pytest.CaptureFixture, code: int, *arguments: object) -> str:
+        capsys.readouterr()
+        assert verb(*arguments) == code
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return refused
