@@ -40,7 +40,7 @@ def every(steps: int) -> list[str]:
     [
         ("dcgan_mnist", "off", 1),
         ("vae_mnist", "off", 1),
-        ("dcgan_mnist", "required", 1),
+        pytest.param("dcgan_mnist", "required", 1, marks=pytest.mark.slow),
         ("vae_mnist", "required", 1),
         ("dcgan_mnist", "off", 2),
         pytest.param("vae_mnist", "off", 2, marks=pytest.mark.slow),

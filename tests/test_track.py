@@ -227,6 +227,7 @@ def test_a_run_outlives_its_tracker(fake, tmp_path, monkeypatch, capsys):
     assert sum('"values"' in line for line in lines) == 3
 
 
+@pytest.mark.slow
 def test_wandb_on_two_ranks_resumed_and_the_run_is_the_same_without_it(tmp_path):
     """Real W&B, offline: rank 0 alone opens it, once per command, under one identity."""
     flags = [*toy("dcgan_digits")[1], "--compile", "off", "--samples", "4", "--device", "cpu"]

@@ -27,12 +27,12 @@ class HeldOut:
     ranks: Ranks
     pipeline: Pipeline
     clock: Clock
-    reconstructions: bool
+    pairs: Pairs | None
 
     @classmethod
     def open(cls, recipe: Recipe, ranks: Ranks, reconstructions: bool = True) -> "HeldOut | None":
         """None where the family has no such figure or the dataset no test split. reconstructions:
-        measure them too, if the family makes any."""
+        measure them too, if the family makes any. Raises ValueError where LPIPS cannot be had."""
         kind = type(recipe.step)
         reconstructions &= kind.reconstruct is not Algorithm.reconstruct
         if kind.held_out is Algorithm.held_out and not reconstructions:
@@ -47,7 +47,8 @@ class HeldOut:
         data = replace(recipe.data, flip=False, batch=batch)
         key = philox.make_key(0, device=ranks.device)
         pipeline = open_pipeline(dataset, data, clock, 0, key, say=lambda text: None)
-        return cls(recipe, ranks, pipeline, clock, reconstructions)
+        pairs = Pairs(ranks.device, recipe.metrics.lpips) if reconstructions else None
+        return cls(recipe, ranks, pipeline, clock, pairs)
 
     @torch.no_grad()
     def figures(self, networks: Networks) -> dict[str, float]:
@@ -55,7 +56,8 @@ class HeldOut:
         step, clock = self.recipe.step, self.clock
         total = min(self.pipeline.images, IMAGES)
         key = philox.make_key(0, device=clock.device)
-        pairs = Pairs(clock.device, self.recipe.metrics.lpips) if self.reconstructions else None
+        if self.pairs:
+            self.pairs.reset()
         sums: dict[str, float] = {}
         clock.seek(0)
         while clock.images < total:
@@ -64,11 +66,13 @@ class HeldOut:
             take = int((batch.position_N < total).sum())
             for name, value_N in step.held_out(networks, batch, key).items():
                 sums[name] = sums.get(name, 0.0) + float(value_N[:take].double().sum())
-            if pairs and take:
+            if self.pairs and take:
                 goal_NCHW = batch.images_NCHW[:take]
-                pairs.add(quantised(step.reconstruct(networks, goal_NCHW)), quantised(goal_NCHW))
+                self.pairs.add(
+                    quantised(step.reconstruct(networks, goal_NCHW)), quantised(goal_NCHW)
+                )
             clock.advance()
-        sums |= pairs.sums if pairs else {}
+        sums |= self.pairs.sums if self.pairs else {}
         totals = self.ranks.gather(sums)
         return {name: sum(part[name] for part in totals) / total for name in sums}
 

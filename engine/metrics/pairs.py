@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+SSIM_WINDOW = 11  # Wang et al. 2004, section III-C
+
 
 class Pairs:
     """Streamed means over pairs of images; peak value 1."""
@@ -19,11 +21,18 @@ class Pairs:
             self.metrics["lpips"] = _lpips()
         for metric in self.metrics.values():
             metric.to(device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all pairs."""
         self.sums = dict.fromkeys(self.metrics, 0.0)
         self.count = 0
 
     def add(self, made_NCHW: Tensor, goal_NCHW: Tensor) -> None:
-        """Take in pairs of uint8 images (N, C, H, W)."""
+        """Take in pairs of uint8 images (N, C, H, W); too small ones for SSIM go without it."""
+        if min(made_NCHW.shape[2:]) < SSIM_WINDOW:
+            self.metrics.pop("ssim", None)
+            self.sums.pop("ssim", None)
         made_NCHW, goal_NCHW = made_NCHW.float() / 255, goal_NCHW.float() / 255
         for name, metric in self.metrics.items():
             if name == "lpips":
