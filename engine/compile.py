@@ -43,7 +43,8 @@ class Compiler:
         if not self.active:
             return fn
         if fn not in self._compiled:
-            self._compiled[fn] = torch.compile(fn, fullgraph=True, dynamic=False)
+            compiled = torch.compile(fn, fullgraph=True, dynamic=False)
+            self._compiled[fn] = _unsplit(compiled) if _second_order(fn) else compiled
         return self._compiled[fn]
 
     def fall_back(self, reason: str) -> None:
@@ -51,6 +52,27 @@ class Compiler:
         if self.required:
             raise CompileError(f"compile=required, but {reason}")
         self.active, self.reason = False, reason
+
+
+def second_order(fn: Callable) -> Callable:
+    """Mark a loss function that holds a gradient of a network (decorator)."""
+    fn.second_order = True
+    return fn
+
+
+def _second_order(fn: Callable) -> bool:
+    return getattr(getattr(fn, "func", fn), "second_order", False)
+
+
+def _unsplit(compiled: Callable) -> Callable:
+    """One graph under DDP too: split into DDP's buckets, as Dynamo does to overlap communication,
+    a function with torch.func.grad inside fails ("Cannot access storage of TensorWrapper")."""
+
+    def call(*args: Any) -> Any:
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            return compiled(*args)
+
+    return call
 
 
 def missing_toolchain() -> str:

@@ -46,7 +46,7 @@ class Cost:
 
 
 def cost(recipe: Recipe, classes: int = 0) -> Cost:
-    """FLOPs (all updates, forward and backward) and compile units of one iteration.
+    """FLOPs (all updates, forward and backward) and compile units of the mean iteration.
 
     Counted by running the step on the meta device, which holds no data: a step that reads a
     value back to the host fails here.
@@ -57,9 +57,12 @@ def cost(recipe: Recipe, classes: int = 0) -> Cost:
     compiler = Compiler(False, "counting")
     ranks, precision = Ranks(0, 0, 1, META), Precision("fp32", "counting", "cpu")
     session = start(small, ranks, precision, compiler, images, classes)
+    period = recipe.step.period()
     with session.rehearsing(), FlopCount() as count:
-        session.step(example_batch(small, images))
-    return Cost(count.total / images, tuple(compiler.units.values()))
+        for _ in range(period):
+            session.step(example_batch(small, images))
+            session.clock.advance()
+    return Cost(count.total / images / period, tuple(compiler.units.values()))
 
 
 def example_batch(recipe: Recipe, images: int) -> Batch:

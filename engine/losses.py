@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 def discriminator_loss(real_N: Tensor, fake_N: Tensor) -> Tensor:
     """-E[log D(x)] - E[log(1 - D(G(z)))] from logits, () (Goodfellow et al. 2014, equation 1)."""
-    return F.softplus(-_wide(real_N)).mean() + F.softplus(_wide(fake_N)).mean()
+    return F.softplus(-wide(real_N)).mean() + F.softplus(wide(fake_N)).mean()
 
 
 def nonsaturating_loss(fake_N: Tensor) -> Tensor:
     """-E[log D(G(z))] from logits, () (Goodfellow et al. 2014, section 3, end)."""
-    return F.softplus(-_wide(fake_N)).mean()
+    return F.softplus(-wide(fake_N)).mean()
 
 
 def gaussian_kl(mean_NL: Tensor, log_variance_NL: Tensor) -> Tensor:
@@ -44,6 +44,6 @@ def gaussian_nll(mean_NCHW: Tensor, target_NCHW: Tensor) -> Tensor:
     return 0.5 * (mean_NCHW - target_NCHW).square().sum((1, 2, 3))
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """At least float32: a mean of bfloat16 logits keeps two digits."""
     return x.float() if x.dtype.itemsize < 4 else x

@@ -158,17 +158,3 @@ def frozen(player: Player) -> Iterator[nn.Module]:
     finally:
         for p in player.parameters:
             p.requires_grad_(True)
-
-
-@contextmanager
-def statistics_kept(network: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch, as in training, but leaves its running statistics alone:
-    for a second forward of the same inputs in one iteration."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.track_running_stats = True

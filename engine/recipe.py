@@ -119,6 +119,7 @@ def check(recipe: Recipe, world_size: int) -> None:
     _check_outputs(recipe)
     if recipe.metrics.every_kimg < 0 or recipe.metrics.generated < 1 or recipe.metrics.real < 0:
         raise ValueError("--metrics.every-kimg, .generated and .real must not be negative")
+    recipe.step.check()
     for name, player in recipe.step.players().items():
         _check_player(name, player)
 

@@ -39,6 +39,14 @@ class Session:
         """The networks to show and measure, in the mode they are in."""
         return {name: player.sampler for name, player in self.players.items()}
 
+    def rehearse(self, batch: Batch) -> None:
+        """Every kind of iteration once, on one batch; the clock stays."""
+        began = self.clock.images
+        for i in range(min(self.recipe.step.period(), 2)):
+            self.clock.seek(i * self.clock.batch)
+            self.step(batch)
+        self.clock.seek(began)
+
     def state_tensors(self) -> list[Tensor]:
         """Every tensor that a step changes besides parameters and optimizer state."""
         return [b for p in self.players.values() for b in p.network.buffers()]

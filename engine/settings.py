@@ -129,6 +129,14 @@ class Algorithm:
         0-d device tensors. `key` is the run's noise key (see `kernels.philox`)."""
         raise NotImplementedError
 
+    def period(self) -> int:
+        """Iterations after which the pattern of updates repeats (penalties of some iterations
+        only); the first two of them show all that is computed."""
+        return 1
+
+    def check(self) -> None:
+        """Raise ValueError, naming flag and remedy, for values that cannot be trained with."""
+
     def latent_dim(self) -> int:
         """Length of the latent vector."""
         raise ValueError("this recipe's model has no latent vector")

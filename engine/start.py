@@ -247,7 +247,7 @@ def _compile(live: Session, pipeline: Pipeline, display: Display) -> None:
     batch = pipeline.batch(live.clock)
     with live.rehearsing():
         rehearse(
-            lambda: live.step(batch),
+            lambda: live.rehearse(batch),
             live.state_tensors(),
             next(iter(live.players.values())).compiler,
             live.ranks,

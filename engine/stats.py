@@ -23,32 +23,31 @@ class Stats:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._names: list[str] = []
-        self._sums: list[Tensor] = []
-        self._count = 0
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
 
     def add(self, values: Values) -> None:
-        """Take in one iteration's values (0-d device tensors); no synchronisation."""
-        current = [v.detach().float() for v in values.values()]
-        if not self._sums:
-            self._names, self._sums = list(values), [torch.zeros_like(v) for v in current]
-        torch._foreach_add_(self._sums, current)
-        self._count += 1
+        """Take in one iteration's values (0-d device tensors); no synchronisation. Iterations may
+        report different ones: a lazy penalty is there only when it was computed."""
+        current = {name: v.detach().float() for name, v in values.items()}
+        for name in current.keys() - self._sums.keys():
+            self._sums[name] = torch.zeros_like(current[name])
+        torch._foreach_add_([self._sums[name] for name in current], list(current.values()))
+        for name in current:
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self, extra: Values | None = None) -> dict[str, float]:
         """Means over iterations and ranks since the last reading, and `extra` (means over ranks);
         synchronises once."""
-        extra = extra or {}
-        if not self._count:
+        if not self._counts:
             return {}
-        scaled = [s / self._count for s in self._sums] + [
-            v.detach().float() for v in extra.values()
-        ]
-        values = self.ranks.mean(torch.stack(scaled)).tolist()
-        for total in self._sums:
+        means = {name: self._sums[name] / count for name, count in self._counts.items()}
+        means |= {name: v.detach().float() for name, v in (extra or {}).items()}
+        values = self.ranks.mean(torch.stack(list(means.values()))).tolist()
+        for total in self._sums.values():
             total.zero_()
-        self._count = 0
-        return dict(zip((*self._names, *extra), values, strict=True))
+        self._counts.clear()
+        return dict(zip(means, values, strict=True))
 
 
 TRACKED = ("warning", "nan", "rollback")  # events that trackers hear of

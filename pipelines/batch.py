@@ -45,6 +45,11 @@ class Clock:
         """Stream positions of this rank's slice of the current batch, int64 (batch / world,)."""
         return self.device_images + self._offset_N
 
+    @property
+    def iteration(self) -> int:
+        """Iterations that the run has done."""
+        return self.images // self.batch
+
     def advance(self) -> None:
         """Go on to the next global batch."""
         self.images += self.batch

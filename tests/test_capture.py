@@ -46,6 +46,12 @@ STEPS: dict[str, Algorithm] = {
         discriminator=PlayerSettings(dcgan.Discriminator(width=4)),
         joint=True,
     ),
+    "penalised": Adversarial(
+        generator=PlayerSettings(dcgan.Generator(latent=6, width=4)),
+        discriminator=PlayerSettings(dcgan.Discriminator(width=4)),
+        r1=1.0,
+        r1_every=1,
+    ),
     "variational": Variational(
         autoencoder=PlayerSettings(vae.Convolutional(latent=6, widths=(4, 4)), ADAM, ema_kimg=1)
     ),
@@ -269,7 +275,7 @@ def test_state_stays_at_its_address_from_iteration_to_iteration(name, opened):
     live, pipeline, stats = warmed_up(recipe_of(name), CPU, opened)
 
     def addresses() -> list[int]:
-        tensors = [live.clock.device_images, live.key, *stats._sums, *live.state_tensors()]
+        tensors = [live.clock.device_images, live.key, *stats._sums.values(), *live.state_tensors()]
         for player in live.players.values():
             tensors += [*player.parameters, player.lr, player.bad_losses, player.bad_gradients]
             tensors += [t for s in player.optimizer.state.values() for t in s.values()]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.compile import Compiler
+from engine.networks.norms import statistics_kept
 from engine.networks.spec import Network
-from engine.player import Player, frozen, learning_rate_factor, statistics_kept
+from engine.player import Player, frozen, learning_rate_factor
 from engine.settings import Adam, PlayerSettings
 from pipelines.batch import Clock
 from tests.players import BATCH, CPU, FP32, RANKS, moved, weights

@@ -15,9 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from engine.compile import second_order
 from engine.losses import discriminator_loss, nonsaturating_loss
+from engine.networks.norms import statistics_kept
 from engine.networks.spec import Network
-from engine.player import Player, frozen, statistics_kept
+from engine.penalties import r1_penalty
+from engine.player import Player, frozen
 from engine.settings import Algorithm, Networks, PlayerSettings, Values
 from kernels import philox
 from pipelines.batch import Batch
@@ -34,6 +37,18 @@ class Adversarial(Algorithm):
     joint: bool = False
     """Real and fake images go through the discriminator as one batch (its BatchNorm then sees their
     mixture); otherwise one after the other, as in the DCGAN paper's code."""
+    r1: float = 0.0
+    """Gamma of the R1 penalty on the discriminator's gradient at real images; 0 takes none."""
+    r1_every: int = 16
+    """Iterations between penalties, each then weighed so many times (Karras et al. 2020,
+    "Analyzing and improving the image quality of StyleGAN", section 3.1)."""
+
+    def check(self) -> None:
+        if self.r1 < 0 or self.r1_every < 1:
+            raise ValueError("--r1 must not be negative, --r1-every be at least 1")
+
+    def period(self) -> int:
+        return self.r1_every if self.r1 else 1
 
     def latent_dim(self) -> int:
         return self.generator.network.latent
@@ -47,12 +62,14 @@ class Adversarial(Algorithm):
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         make = partial(make_fakes, latent=self.latent_dim())
         judge = partial(discriminator_update, joint=self.joint)
+        punish = partial(penalised_update, joint=self.joint, weight=self.r1 / 2 * self.r1_every)
         fool = partial(generator_update, latent=self.latent_dim(), joint=self.joint)
         generator, discriminator = players["generator"], players["discriminator"]
 
         def step(batch: Batch) -> Values:
             fake_NCHW = generator.infer(make, key, batch.position_N)
-            values = discriminator.update(judge, batch.images_NCHW, fake_NCHW)
+            turn = self.r1 and discriminator.clock.iteration % self.r1_every == 0
+            values = discriminator.update(punish if turn else judge, batch.images_NCHW, fake_NCHW)
             with frozen(discriminator) as critic, statistics_kept(generator.network):
                 values |= generator.update(fool, critic, batch.images_NCHW, key, batch.position_N)
             return values
@@ -75,6 +92,21 @@ def discriminator_update(
         real_N, fake_N = discriminator(real_NCHW), discriminator(fake_NCHW)
     opinions = {"real": _mean_opinion(real_N), "fake": _mean_opinion(fake_N)}
     return discriminator_loss(real_N, fake_N), opinions
+
+
+@second_order
+def penalised_update(
+    discriminator: nn.Module,
+    real_NCHW: Tensor,
+    fake_NCHW: Tensor,
+    *,
+    joint: bool,
+    weight: float,
+) -> tuple[Tensor, Values]:
+    """`discriminator_update` with so much of the R1 penalty, which is reported too."""
+    loss, values = discriminator_update(discriminator, real_NCHW, fake_NCHW, joint=joint)
+    r1 = r1_penalty(discriminator, real_NCHW)
+    return loss + weight * r1, values | {"r1": r1.detach()}
 
 
 def generator_update(

@@ -1,0 +1,187 @@
+"""Gradient penalties: hand-computed values, derivatives of the second order, and their turns."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine import session
+from engine.compile import Compiler
+from engine.networks import dcgan, mlp
+from engine.networks.spec import ImageSpec, Network
+from engine.penalties import input_gradient, r1_penalty
+from engine.session import Session
+from engine.settings import Adam, Length, PlayerSettings, Recipe
+from engine.stats import Stats
+from engine.steps.adversarial import Adversarial, penalised_update
+from pipelines.batch import Batch
+from pipelines.settings import Data
+from tests.players import BATCH, FP32, RANKS
+from tests.runs import QUICK, final_state, run_folder, train
+
+
+class Quadratic(nn.Module):
+    """D(x) = 1/2 x'Ax per image: its gradient is Ax for a symmetric A."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        half = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64)
+        self.matrix = nn.Parameter(half + half.T)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        x_NV = x_NCHW.flatten(1)
+        return 0.5 * torch.einsum("nv,vw,nw->n", x_NV, self.matrix, x_NV)
+
+
+def pictures(dtype: torch.dtype = torch.float32, size: int = 16) -> Tensor:
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(6, 1, size, size, generator=random, dtype=dtype)
+
+
+def built(network: Network) -> nn.Module:
+    torch.manual_seed(0)
+    return network.build(ImageSpec(1, 16)).to(memory_format=torch.channels_last)
+
+
+def test_r1_of_a_quadratic_form_is_the_mean_squared_length_of_ax():
+    x_NCHW = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64).reshape(2, 1, 1, 2)
+    # A = [[2, 2], [2, 6]]: Ax = (6, 14) and (4, 0)
+    critic = Quadratic()
+    assert input_gradient(critic, x_NCHW).flatten(1).tolist() == [[6, 14], [4, 0]]
+    assert r1_penalty(critic, x_NCHW).item() == (36 + 196 + 16) / 2
+    r1_penalty(critic, x_NCHW).backward()
+    # d/dA of mean |Ax|^2 is mean 2 (Ax) x'; the form's gradient is (A + A')x / 2, hence symmetric
+    ax, x = torch.tensor([[6.0, 14], [4, 0]]).double(), x_NCHW.flatten(1)
+    outer = torch.einsum("nv,nw->vw", ax, x) / 2 * 2
+    torch.testing.assert_close(critic.matrix.grad, (outer + outer.T) / 2)
+
+
+DISCRIMINATORS = [mlp.Discriminator((4, 6)), dcgan.Discriminator(4)]
+
+
+@pytest.mark.parametrize("network", DISCRIMINATORS, ids=["plain", "batchnorm"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_every_parameters_gradient_is_that_of_float64_autograd(network, compiled):
+    torch._dynamo.reset()
+    critic, exact = built(network), built(network).double()
+    penalty = torch.compile(r1_penalty, fullgraph=True) if compiled else r1_penalty
+    (penalty(critic, pictures()) * 100).backward()
+    x_NCHW = pictures().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(exact(x_NCHW).sum(), x_NCHW, create_graph=True)
+    (gradient.square().sum((1, 2, 3)).mean() * 100).backward()
+    for mine, wanted in zip(critic.parameters(), exact.parameters(), strict=True):
+        if wanted.grad is None:  # a last bias, which no gradient by the input depends on
+            assert mine.grad is None or not mine.grad.any()
+        else:
+            scale = float(wanted.grad.abs().max())
+            torch.testing.assert_close(mine.grad.double(), wanted.grad, rtol=0, atol=2e-6 * scale)
+
+
+class Smooth(nn.Module):
+    """Two layers of given weights: LeakyReLU's kinks are no place for finite differences."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        hidden = F.softplus(F.conv2d(x_NCHW, self.first, stride=2))
+        return F.conv2d(hidden, self.second).tanh().flatten(1).sum(1)
+
+
+def test_its_first_and_second_derivatives_hold_in_finite_differences():
+    images = pictures(torch.float64, size=6)[:2]
+    random = torch.Generator().manual_seed(2)
+    weights = [
+        torch.randn(*shape, dtype=torch.float64, generator=random).requires_grad_()
+        for shape in ((2, 1, 4, 4), (1, 2, 2, 2))
+    ]
+
+    def penalty(first: Tensor, second: Tensor) -> Tensor:
+        return r1_penalty(Smooth(first, second), images)
+
+    assert torch.autograd.gradcheck(penalty, weights)
+    assert torch.autograd.gradgradcheck(penalty, weights)
+
+
+def test_running_statistics_stay_and_are_followed_again_afterwards():
+    critic = built(dcgan.Discriminator(4))
+    before = [b.clone() for b in critic.buffers()]
+    r1_penalty(critic, pictures())
+    assert all(torch.equal(a, b) for a, b in zip(critic.buffers(), before, strict=True))
+    critic(pictures())
+    assert not all(torch.equal(a, b) for a, b in zip(critic.buffers(), before, strict=True))
+
+
+def test_under_autocast_the_norm_and_the_mean_are_float32():
+    critic = built(mlp.Discriminator((4, 6)))
+    with torch.autocast("cpu", torch.bfloat16):
+        penalty = r1_penalty(critic, pictures())
+    assert penalty.dtype == torch.float32
+    torch.testing.assert_close(penalty, r1_penalty(critic, pictures()), rtol=0.03, atol=0)
+
+
+def test_a_penalised_update_adds_the_weighed_penalty_to_the_loss():
+    critic, real, fake = built(mlp.Discriminator((4, 6))), pictures(), -pictures()
+    plain, _ = penalised_update(critic, real, fake, joint=False, weight=0.0)
+    loss, values = penalised_update(critic, real, fake, joint=False, weight=7.0)
+    torch.testing.assert_close(loss, plain + 7 * r1_penalty(critic, real))
+    torch.testing.assert_close(values["r1"], r1_penalty(critic, real).detach())
+
+
+def started(r1: float, every: int) -> Session:
+    recipe = Recipe(
+        data=Data(resolution=16, channels=1, batch=BATCH),
+        step=Adversarial(
+            generator=PlayerSettings(dcgan.Generator(latent=6, width=4)),
+            discriminator=PlayerSettings(mlp.Discriminator((4, 6)), Adam(lr=1e-3)),
+            r1=r1,
+            r1_every=every,
+        ),
+        length=Length(steps=10),
+    )
+    return session.start(recipe, RANKS, FP32, Compiler(False, "test"), 80)
+
+
+def test_the_penalty_comes_every_so_many_iterations_and_its_mean_is_over_those():
+    live, stats, seen = started(2.0, 3), Stats(RANKS), []
+    for i in range(7):
+        values = live.step(Batch(pictures()[:BATCH], None, live.clock.position_N()[:6]))
+        if "discriminator/r1" in values:
+            seen.append((i, float(values["discriminator/r1"])))
+        stats.add(values)
+        live.clock.advance()
+    assert [i for i, _ in seen] == [0, 3, 6]
+    assert stats.read()["discriminator/r1"] == pytest.approx(sum(v for _, v in seen) / 3)
+
+
+def test_rehearsing_shows_both_kinds_of_iteration_from_any_place_of_the_run(monkeypatch):
+    live = started(2.0, 4)
+    live.clock.seek(2 * BATCH)
+    reported = []
+    plain = live.step
+    live.step = lambda batch: reported.append(plain(batch)) or reported[-1]
+    with live.rehearsing():
+        live.rehearse(Batch(pictures(), None, torch.arange(6)))
+    assert ["discriminator/r1" in values for values in reported] == [True, False]
+    assert live.clock.images == int(live.clock.device_images) == 2 * BATCH
+
+
+@pytest.mark.parametrize("flags", [["--r1", "-1"], ["--r1-every", "0"]])
+def test_a_penalty_that_cannot_be_is_refused(flags, tmp_path):
+    output = train("dcgan_digits", *flags, "--runs", str(tmp_path), code=2)
+    assert "--r1 must not be negative, --r1-every be at least 1" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_two_ranks_compile_it_whole_although_ddp_has_many_buckets(tmp_path):
+    name, states = "dcgan_digits", []
+    flags = ["--r1", "5", "--r1-every", "2", "--steps", "4", "--precision", "fp32", *QUICK]
+    flags += ["--discriminator.channels", "64", "256"]  # 1.6 MB: above DDP's first bucket
+    for compiled in ("off", "required"):
+        runs = ["--runs", str(tmp_path / compiled), "--compile", compiled]
+        train(name, *flags, *runs, ranks=2, SADDLE_BUCKET_MB="1")
+        states.append(final_state(run_folder(tmp_path / compiled, name)))
+    for path, value in states[0].items():
+        torch.testing.assert_close(states[1][path], value, rtol=1e-3, atol=1e-4, msg=path)
