@@ -1,7 +1,8 @@
 """Gradient penalties: losses on the gradient of a network with respect to its input.
 
 The inner gradient is taken by torch.func.grad, which holds in eager and inside a compiled loss
-function alike; torch.autograd.grad(create_graph=True) cannot be compiled.
+function alike; torch.autograd.grad(create_graph=True) cannot be compiled. Inside it every operation
+is plain PyTorch: a fused one would give wrong gradients of the parameters, silently.
 
 Shapes: N batch, C channels, H height, W width.
 """
@@ -9,17 +10,29 @@ Shapes: N batch, C channels, H height, W width.
 import torch
 from torch import Tensor, nn
 
-from engine.losses import wide
 from engine.networks.norms import statistics_kept
+from kernels.batchnorm_module import plain
+from kernels.dispatch import wide
 
 
 def input_gradient(critic: nn.Module, x_NCHW: Tensor) -> Tensor:
     """d sum(critic(x)) / dx, (N, C, H, W), at least float32; no running statistics move."""
-    with statistics_kept(critic):
+    with statistics_kept(critic), plain(critic):
         return wide(torch.func.grad(lambda x: wide(critic(x)).sum())(x_NCHW.detach()))
 
 
-def r1_penalty(critic: nn.Module, real_NCHW: Tensor) -> Tensor:
-    """E[||grad D(x)||^2] over real images, (): R1 without its gamma / 2 (Mescheder, Geiger and
-    Nowozin 2018, equation 9)."""
-    return input_gradient(critic, real_NCHW).square().sum((1, 2, 3)).mean()
+def r1_penalty(critic: nn.Module, images_NCHW: Tensor) -> Tensor:
+    """E[||grad D(x)||^2], (): on real images R1 without its gamma / 2, on fake ones R2 (Mescheder,
+    Geiger and Nowozin 2018, equations 9 and 10)."""
+    return input_gradient(critic, images_NCHW).square().sum((1, 2, 3)).mean()
+
+
+def gradient_penalty(
+    critic: nn.Module, real_NCHW: Tensor, fake_NCHW: Tensor, alpha_N: Tensor
+) -> Tensor:
+    """E[(||grad D(x)|| - 1)^2], (), at x = alpha real + (1 - alpha) fake (Gulrajani et al. 2017,
+    equation 3, without its lambda); alpha_N from U[0, 1], one per image."""
+    fake_NCHW = fake_NCHW.detach().to(real_NCHW)
+    mixed_NCHW = torch.lerp(fake_NCHW, real_NCHW, alpha_N.to(real_NCHW)[:, None, None, None])
+    norm_N = input_gradient(critic, mixed_NCHW).flatten(1).norm(dim=1)
+    return (norm_N - 1).square().mean()

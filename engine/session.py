@@ -13,8 +13,8 @@ from engine.player import Player
 from engine.precision import Precision
 from engine.recipe import image_spec
 from engine.settings import Networks, PlayerSettings, Recipe, Values
-from engine.sync_bn import synchronised
-from kernels import philox
+from kernels import dispatch, philox
+from kernels.batchnorm_module import fuse, synchronise
 from pipelines.batch import Batch, Clock
 
 
@@ -83,13 +83,16 @@ def start(
     classes: int = 0,
 ) -> Session:
     """Build everything of a run but its pipeline. Raises ValueError for sizes that do not fit."""
+    dispatch.use(recipe.kernels)
     clock = Clock(recipe.data.batch, ranks.device, rank=ranks.rank, world_size=ranks.world_size)
     key = philox.make_key(recipe.seed, device=ranks.device)
     players: dict[str, Player] = {}
     settings: dict[str, PlayerSettings] = recipe.step.players()
     for name, network in build_networks(recipe, classes).items():
+        if dispatch.choose("batchnorm_leaky_relu", ranks.device).fused:
+            network = fuse(network)
         if recipe.sync_bn and ranks.world_size > 1:
-            network = synchronised(network, ranks.device)
+            network = synchronise(network)
         players[name] = Player(
             name,
             settings[name],

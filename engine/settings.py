@@ -9,6 +9,7 @@ import tyro
 from torch import Tensor, nn
 
 from engine.networks.spec import Network
+from kernels import dispatch
 from pipelines.settings import Data
 
 if TYPE_CHECKING:
@@ -181,6 +182,9 @@ class Recipe:
     """Autocast dtype; auto takes bf16 where the hardware has it, fp16 (scaled) is for GPUs."""
     compile: Literal["auto", "off", "required"] = "auto"
     """torch.compile of the loss functions; auto says in one line where it runs eager and why."""
+    kernels: dispatch.Setting = "auto"
+    """Triton's fused operations: auto where a bench has shown a gain, fused wherever they serve,
+    reference never (plain PyTorch)."""
     accumulate: int = 1
     """Micro-batches per update; gradients are reduced over ranks once per update."""
     sync_bn: bool = False

@@ -20,6 +20,7 @@ from engine.run import RunError, device_name
 from engine.settings import Metrics
 from engine.start import Training, begin, fail, find_dataset
 from engine.stats import synchronize
+from kernels import dispatch
 from pipelines.datasets import BadImage, Dataset, DatasetMissing
 from pipelines.pack import CacheUnusable
 
@@ -131,6 +132,7 @@ def dry_run(
         "device": f"{device_name(device)}, {ranks} rank(s)",
         "precision": f"{precision.name} ({precision.reason})",
         "compile": f"{units} ({compiler.reason})",
+        "kernels": "\n".join(": ".join(row) for row in dispatch.explain(device)),
         "metrics": _metrics(recipe.metrics),
     }
     describe.show(Console(), name, recipe, facts, len(dataset.classes))

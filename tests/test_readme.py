@@ -29,11 +29,13 @@ USE = [c for c in COMMANDS if (m := re.search(r"-m engine\.(\w+)", c)) and m[1] 
 MAKE = [c for c in COMMANDS if c.startswith("make ")]
 
 
+INSPECT = "python -m kernels.inspect --sm 90"
 FEW = ["--metrics.generated", "300", "--metrics.real", "300"]
 
 
 def test_every_command_is_tried_here():
-    others = set(COMMANDS) - {*TRAIN, *USE, *SERVE, *MAKE, "pytest bench/ --benchmark-only"}
+    elsewhere = {"pytest bench/ --benchmark-only", INSPECT}
+    others = set(COMMANDS) - {*TRAIN, *USE, *SERVE, *MAKE, *elsewhere}
     assert not others
     assert min(len(TRAIN), len(USE), len(SERVE), len(MAKE)) >= 1
 
@@ -122,3 +124,10 @@ def test_the_table_lists_every_recipe():
 def test_the_tests_that_readme_names_exist():
     for path in re.findall(r"`((?:tests|engine|pipelines|bench|kernels)/[\w/]+\.\w+)`", README):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_the_kernels_are_inspected(capfd):
+    done = subprocess.run([sys.executable, *shlex.split(INSPECT)[1:]], cwd=ROOT, timeout=600)
+    assert done.returncode == 0
+    assert "0 beyond a limit" in capfd.readouterr().out

@@ -8,6 +8,10 @@ stands at five times this one's Frechet distance after 100,000 images, and gets 
 
     python -m engine.train dcgan_mnist
 
+Measured: classifier-FID 0.83, 0.82, 0.82 (seeds 0, 1, 2) at 500,000 images, 3.2 times that of
+10,000 training images against the same 10,000 test images (python -m bench.yardstick RUN...); by
+eye nearly all digits are readable after 300,000. 17 to 27 minutes on one thread of 2 shared cores
+of an Intel Xeon without GPU, --compile off.
 """
 
 from engine.networks import dcgan, mlp
@@ -28,5 +32,5 @@ def recipe() -> Recipe:
         ),
         length=Length(kimg=500),
         outputs=Outputs(log_every=10, sample_every=100, checkpoint_every=100),
-        metrics=Metrics(every_kimg=100, split="test"),
+        metrics=Metrics(every_kimg=125, split="test"),
     )

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from engine.losses import bernoulli_nll, gaussian_kl, gaussian_nll
+from engine.losses import bernoulli_nll, gaussian_nll, sample_and_kl
 from engine.networks.spec import Network
 from engine.networks.vae import Decoder, Sampler
 from engine.player import Player
@@ -88,9 +87,9 @@ def terms(
     """(-log p(x|z), KL(q(z|x) || p(z))) of each image, (N,) each, in nats."""
     mean_NL, log_variance_NL = network.encode(images_NCHW)
     noise_NL = philox.normal(key, NOISE, position_N, latent)
-    z_NL = mean_NL + torch.exp(0.5 * log_variance_NL) * noise_NL
+    z_NL, kl_N = sample_and_kl(mean_NL, log_variance_NL, noise_NL)
     target_NCHW = (images_NCHW + 1) / 2
-    return PIXELS[pixels](network.decode(z_NL), target_NCHW), gaussian_kl(mean_NL, log_variance_NL)
+    return PIXELS[pixels](network.decode(z_NL), target_NCHW), kl_N
 
 
 def bits_per_dim(nats_N: Tensor, pixels: int, kind: str) -> Tensor:

@@ -1,0 +1,236 @@
+"""Fused operations beside PyTorch's own, eager and compiled, in one run.
+
+    pytest bench/bench_kernels.py --benchmark-only
+
+BatchNorm + LeakyReLU forward, and forward with backward; the discriminator's loss; the VAE's sample
+and KL. Rows: eager, eager in place, both compiled and, on a GPU, Triton's. Each tells its median
+and spread, the bandwidth it achieves as a share of a copy measured in the same session, peak and
+saved memory, and its error against float64. On a GPU tensors of 537 MB are timed with a cold L2
+cache and DCGAN's sizes as replays of a CUDA graph; a CPU runs two of DCGAN's sizes in plain
+PyTorch (where an activation in place that ends the graph, as here, compiles badly: not so between
+convolutions).
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.compile import missing_toolchain
+from engine.precision import has_bf16
+from kernels import dispatch, gan_bce, gaussian_kl
+from kernels.batchnorm_leaky_relu import batchnorm_leaky_relu
+
+CUDA = torch.cuda.is_available()
+LARGE = (512, 128, 64, 64)
+DCGAN = [(128, 64, 32, 32), (128, 128, 16, 16), (128, 256, 8, 8), (128, 512, 4, 4)]
+SIZES = [LARGE, *DCGAN] if CUDA else [(32, *shape[1:]) for shape in (DCGAN[0], DCGAN[-1])]
+ROUNDS = 20
+GPU_ONLY = pytest.mark.skipif(not CUDA, reason="needs a GPU: Triton's rows are skipped")
+
+
+def eager(x, weight, bias):
+    return F.leaky_relu(F.batch_norm(x, None, None, weight, bias, True), 0.2)
+
+
+def in_place(x, weight, bias):
+    return F.leaky_relu_(F.batch_norm(x, None, None, weight, bias, True), 0.2)
+
+
+def fused(x, weight, bias):
+    with dispatch.using("fused"):
+        return batchnorm_leaky_relu(x, weight, bias)
+
+
+def compiled(function: Callable) -> Callable:
+    if not CUDA and (reason := missing_toolchain()):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+VARIANTS = {
+    "eager": lambda: eager,
+    "eager in place": lambda: in_place,
+    "compiled": lambda: compiled(eager),
+    "compiled in place": lambda: compiled(in_place),
+    "fused": lambda: fused,
+}
+# Tensor reads and writes that cannot be avoided in two passes (one: 2 and 3 where it fits).
+FLOOR = {"forward": 3, "both": 8}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, and the 20th and 80th percentiles."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median * 1e6:9.1f} us ({self.low * 1e6:.1f} to {self.high * 1e6:.1f})"
+
+
+def timed(function: Callable, large: bool) -> Timing:
+    """On a GPU with a cold L2 cache, or as replays of a graph where launches would decide."""
+    if not CUDA:
+        function()
+        seconds = sorted(_clock(function) for _ in range(ROUNDS))
+        return Timing(statistics.median(seconds), seconds[ROUNDS // 5], seconds[-ROUNDS // 5])
+    from triton import testing
+
+    run = testing.do_bench if large else testing.do_bench_cudagraph
+    median, low, high = run(function, rep=200, quantiles=[0.5, 0.2, 0.8])
+    return Timing(median / 1e3, low / 1e3, high / 1e3)
+
+
+def _clock(function: Callable) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+@pytest.fixture(scope="module")
+def copy_rate() -> dict[tuple, float]:
+    """Bytes per second, read and written, of a copy of each size, measured here and now."""
+    rates = {}
+    for shape in SIZES:
+        x = torch.randn(shape, device=device(), dtype=dtype())
+        y = torch.empty_like(x)
+        rates[shape] = 2 * x.nbytes / timed(lambda x=x, y=y: y.copy_(x), shape == LARGE).median
+    return rates
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if CUDA else "cpu")
+
+
+def dtype() -> torch.dtype:
+    return torch.bfloat16 if has_bf16(device())[0] else torch.float32
+
+
+def arguments(shape: tuple[int, ...], kind: torch.dtype, last: bool) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=random).to(device(), kind)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    pair = torch.randn(2, shape[1], generator=random).to(device())
+    return [t.requires_grad_() for t in (x, pair[0].clone(), pair[1].clone())]
+
+
+def saved_bytes(function: Callable, given: list[Tensor]) -> int:
+    """Bytes that one forward pass keeps for the backward pass, its input included."""
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        function(*given)
+    return sum(kept.values())
+
+
+def error(function: Callable, given: list[Tensor]) -> float:
+    """Norm of the output's error as a share of its norm, against float64."""
+    wanted = eager(*(t.detach().double() for t in given))
+    return float((function(*given).detach().double() - wanted).norm() / wanted.norm())
+
+
+MEASURED: dict[tuple, Timing] = {}
+
+
+@pytest.mark.parametrize("direction", FLOOR)
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", SIZES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=GPU_ONLY if v == "fused" else ()) for v in VARIANTS]
+)
+def bench_batchnorm_leaky_relu(benchmark, row, copy_rate, variant, shape, last, direction):
+    function, given = VARIANTS[variant](), arguments(shape, dtype(), last)
+    dy = torch.randn_like(given[0])
+
+    def run():
+        y = function(*given)
+        if direction == "both":
+            torch.autograd.grad(y, given, dy)
+        return y
+
+    run()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    timing = timed(run, shape == LARGE)
+    case = (shape, last, direction)
+    MEASURED[(variant, *case)] = timing
+    moved = FLOOR[direction] * given[0].nbytes
+    facts = {
+        "share_of_copy": moved / timing.median / copy_rate[shape],
+        "peak_bytes": torch.cuda.max_memory_allocated() if CUDA else None,
+        "saved_bytes": saved_bytes(function, given),
+        "error": error(function, given) if shape != LARGE else None,
+        "median_s": timing.median,
+        "dtype": str(dtype()),
+    }
+    benchmark.extra_info.update(facts)
+    benchmark.pedantic(_synchronised(run), rounds=3)
+    rivals = [
+        MEASURED[v, *case] for v in ("compiled", "compiled in place") if (v, *case) in MEASURED
+    ]
+    best = min((r.median for r in rivals), default=0.0)
+    ratio = f"  {best / timing.median:5.2f}x the better compiled" if variant == "fused" else ""
+    layout = "NHWC" if last else "NCHW"
+    name = f"{variant:17} {'x'.join(map(str, shape)):14} {layout} {direction:7}"
+    row(f"{name} {timing}  {facts['share_of_copy']:5.1%} of copy{ratio}")
+
+
+def _synchronised(run: Callable) -> Callable:
+    def whole():
+        run()
+        if CUDA:
+            torch.cuda.synchronize()
+
+    return whole
+
+
+def plain_loss(real, fake):
+    return F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean()
+
+
+def plain_sample(mean, log_variance, noise):
+    z = mean + (0.5 * log_variance).exp() * noise
+    return z, -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1)
+
+
+LOSSES = {
+    "gan_bce 128": (plain_loss, gan_bce.discriminator, [(128,)] * 2),
+    "gan_bce 115200": (plain_loss, gan_bce.discriminator, [(115_200,)] * 2),
+    "gaussian_kl 128x128": (plain_sample, gaussian_kl.sample_and_kl, [(128, 128)] * 3),
+}
+
+
+@pytest.mark.parametrize("variant", ["eager", "compiled", pytest.param("fused", marks=GPU_ONLY)])
+@pytest.mark.parametrize("loss", LOSSES)
+def bench_losses(benchmark, row, loss, variant):
+    plain, ours, shapes = LOSSES[loss]
+    function = {"eager": plain, "fused": ours}.get(variant) or compiled(plain)
+    given = [torch.randn(s, device=device()).requires_grad_() for s in shapes]
+
+    def run():
+        with dispatch.using("fused"):
+            outs = function(*given)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        torch.autograd.grad(sum(o.sum() for o in outs), given[:2])
+
+    run()
+    timing = timed(run, False)
+    MEASURED[variant, loss] = timing
+    benchmark.extra_info["median_s"] = timing.median
+    benchmark.pedantic(_synchronised(run), rounds=3)
+    base = MEASURED.get(("eager", loss))
+    ratio = f"  {base.median / timing.median:5.2f}x eager" if base else ""
+    row(f"{variant:17} {loss:24} both  {timing}{ratio}")
