@@ -12,7 +12,7 @@ train: $(VENV)/.installed
 	$(RUN) -m engine.train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ import torch
 
 from kernels import dispatch
 
-only = pytest.mark.skipif(not dispatch.INTERPRET, reason="runs in the interpreter's own process")
+either = pytest.mark.interpreted  # a test that runs in both processes
+
+
+def only(test: Callable) -> Callable:
+    """A test that runs in the interpreter's process alone."""
+    reason = "runs in the interpreter's own process"
+    return either(pytest.mark.skipif(not dispatch.INTERPRET, reason=reason)(test))
 
 
 def broken() -> str:
@@ -28,9 +35,20 @@ def broken() -> str:
 
 def run(path: str, fewest: int) -> None:
     """Run a file's interpreted tests; fails with their output, or if too few of them passed."""
+    assert not dispatch.INTERPRET, "the interpreter's process starts no other"
     if reason := broken():
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider", "-k", "kernel"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        path,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "interpreted",
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

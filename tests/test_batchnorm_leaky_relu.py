@@ -139,6 +139,7 @@ def test_the_reference_of_the_gradient_is_the_gradient(fixed):
 # what is refused
 
 
+@interpreted.either
 @pytest.mark.parametrize(
     ("x", "options", "kind", "text"),
     [
@@ -421,6 +422,7 @@ def norms() -> list:
     return [info for info in module_db if info.module_cls in kinds]
 
 
+@interpreted.either
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("info", norms(), ids=lambda i: i.module_cls.__name__)
 def test_pytorchs_own_inputs_for_batchnorm_kernel_or_not(info, training):
