@@ -12,7 +12,7 @@ train: $(VENV)/.installed
 	$(RUN) -m engine.train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

@@ -311,11 +311,13 @@ def newest_whole(folder: Path, say: Callable[[str], None], set_aside: bool = Fal
     Damaged ones are named through `say`; with `set_aside` they are renamed, so that they neither
     count among the newest nor are in the way.
     """
-    for candidate in listing(folder):
+    there = listing(folder)
+    for candidate in there:
         damage = damage_of(candidate)
         if not damage:
             return candidate
-        say(f"checkpoint {candidate} is damaged ({damage}); using the one before it")
+        rest = "using the one" if candidate != there[-1] else "there is none"
+        say(f"checkpoint {candidate} is damaged ({damage}); {rest} before it")
         if set_aside:
             os.rename(candidate, unused_name(candidate.with_name(f"{candidate.name}.damaged")))
     return None

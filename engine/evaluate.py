@@ -5,9 +5,10 @@
     python -m engine.evaluate --real DIR --fake DIR           anybody's generator
     python -m engine.evaluate --real DIR --fake DIR --paired  PSNR and SSIM by file name
 
-Several runs are measured with the first run's metrics settings. A table, and evaluation.json in
-each run directory; --json writes all of them into one file. Figures of different protocols
-(another extractor, other images, numbers, sizes) are refused side by side.
+Several runs are measured with the first run's metrics settings. A table, and an entry in
+evaluation.json of each run directory, a list with the newest figures of every protocol and
+checkpoint; --json writes these figures into one file. Figures of different protocols (another
+extractor, other images, numbers, sizes) are refused side by side.
 """
 
 import json
@@ -24,8 +25,9 @@ from rich.table import Table
 from engine.checkpoint import CheckpointError
 from engine.metrics.evaluator import Evaluation, Evaluator
 from engine.metrics.folders import Folders
-from engine.metrics.protocol import Protocol, differences
+from engine.metrics.protocol import Protocol, differences, held_out_words
 from engine.parallel import Ranks, choose_device
+from engine.report.read import EVALUATED, read_evaluated
 from engine.run import RunError, read_recipe
 from engine.settings import Metrics
 from engine.trained import Choice, Trained, open_run
@@ -97,8 +99,18 @@ def evaluate_runs(command: Command) -> dict[str, Any]:
         evaluator.close()
         results[name] = {"images": trained.images, "checkpoint": trained.checkpoint}
         results[name] |= _plain(evaluation)
-        _write(folder / "evaluation.json", results[name])
+        remember(folder, results[name])
     return results
+
+
+def remember(folder: Path, result: dict[str, Any]) -> None:
+    """Add figures to a run's evaluation.json, in place of those of their protocol and images."""
+    known, problems = read_evaluated(folder)
+    for problem in problems:
+        warn(f"{folder}: {problem}; only what can be read is kept")
+    same = ("protocol", "images")
+    kept = [entry for entry in known if any(entry[key] != result[key] for key in same)]
+    _write(folder / EVALUATED, [*kept, result])
 
 
 def refuse_mixed(protocols: dict[str, Protocol]) -> None:
@@ -142,7 +154,7 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
     write_whole(path, json.dumps(content, indent=1).encode())
     say(f"wrote {path}")
 
@@ -163,11 +175,9 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(table)
     protocol = next(iter(results.values()))["protocol"]
     console.print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()), soft_wrap=True)
-
-
-def _cell(figures: dict[str, float | None], name: str) -> str:
-    value = figures.get(name, "")
-    return f"{value:.5g}" if isinstance(value, float) else "" if value == "" else "not finite"
+    of_runs = any("images" in result for result in results.values())
+    if of_runs and (words := held_out_words([name for row in figures for name in row])):
+        console.print(words, soft_wrap=True)
 
 
 def check(command: Command) -> None:

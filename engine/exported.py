@@ -1,8 +1,10 @@
 """An export opened for use: its folder, its model.safetensors, or a .onnx or .pt2 file by itself.
 
-Every file of an export carries the export's configuration, so each can be used alone. No code from
-an export is run: the networks are this engine's own, and a warning says so if the export was made
-with others. PyTorch unpickles parts of a .pt2 file, however: open only what you trust.
+Every file of an export carries the export's configuration, so each can be used alone. In its folder
+a file is compared with the SHA-256 in config.json; away from it nothing says whether it is as it
+was written, so a warning does, and pictures made with it name no checkpoint. No code from an export
+is run: the networks are this engine's own, and a warning says so if the export was made with
+others. PyTorch unpickles parts of a .pt2 file, however: open only what you trust.
 """
 
 import hashlib
@@ -31,6 +33,7 @@ CONFIG = "config.json"
 KEY = "saddle"  # under which a file carries the configuration
 FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "program": "model.pt2"}
 SUFFIXES = tuple(Path(name).suffix for name in FILES.values())
+UNVERIFIED = "not verified: a file without its export's folder"
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -67,11 +70,13 @@ def is_export(path: Path) -> bool:
 def open_export(path: Path, device: str = "auto", warn: Callable[[str], None] = print) -> Exported:
     """What an export's folder or file holds. Raises RunError for damage, ValueError for the rest.
 
-    warn: hears of networks that are no longer those of the export.
+    warn: hears of networks that are no longer those of the export, and of a file away from its
+    folder, which is opened without its checkpoint's SHA-256 (UNVERIFIED in its place).
     """
     file = _choose_file(path) if path.is_dir() else path
     if not file.exists():
         raise ValueError(f"there is no {file}")
+    verified = _verify(file)
     openers = dict(zip(SUFFIXES, (_open_safetensors, _open_onnx, _open_program), strict=True))
     if file.suffix.lower() not in openers:
         raise ValueError(
@@ -82,11 +87,17 @@ def open_export(path: Path, device: str = "auto", warn: Callable[[str], None] = 
     try:
         config, run, place = openers[file.suffix.lower()](file, place, device)
         seen, weights = config["checkpoint"], config["checkpoint"]["ema"]
+        digest = seen["sha256"] if verified else UNVERIFIED
         opened = Exported(
-            config["recipe"]["name"], seen["images"], weights, place, seen["sha256"], config, run
+            config["recipe"]["name"], seen["images"], weights, place, digest, config, run
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} holds no configuration of an export ({error!r})") from None
+    if not verified:
+        warn(
+            f"{file} lies outside its export's folder, so nothing says whether it is as it was "
+            f"written, and pictures will name no checkpoint: copy the whole folder"
+        )
     if file.suffix.lower() == ".safetensors":
         _compare_source(config, file, warn)
     return opened
@@ -127,9 +138,17 @@ def _choose_file(folder: Path) -> Path:
     name = next((n for n in FILES.values() if n in config.get("files", {})), None)
     if name is None:
         raise ValueError(f"{folder / CONFIG} names no model")
-    if name in changed_files(folder, config):
-        raise RunError(f"{folder / name} is missing or damaged (wrong SHA-256): export again")
+    if not (folder / name).is_file():
+        raise RunError(f"{folder / name} is missing: export again")
     return folder / name
+
+
+def _verify(file: Path) -> bool:
+    """Whether an export's folder vouches for a file in it. Raises RunError for a changed one."""
+    written = (read_config(file.parent) or {}).get("files", {}).get(file.name)
+    if written is not None and file_digest(file) != written:
+        raise RunError(f"{file} is damaged (wrong SHA-256): export again")
+    return written is not None
 
 
 def _open_safetensors(

@@ -76,8 +76,9 @@ def results(*kinds: str) -> list[Any]:
 
 
 def seed_input(label: str, value: int = 0) -> gr.Number:
-    """A field for a seed."""
-    return gr.Number(value, label=label, precision=0, minimum=0, maximum=SEEDS - 1)
+    """A field for a seed. It has no bounds of gradio's, which prints a traceback for a number
+    beyond them: the studio refuses it."""
+    return gr.Number(value, label=label, precision=0, info=f"From 0 to {SEEDS - 1:,}")
 
 
 def samples_tab(page: gr.Blocks, studio: Studio) -> Tab:

@@ -107,6 +107,8 @@ def finish(t: Training) -> None:
         t.record.event(t.session.clock.images, "finish", "")
         t.snapshots.write_report()
     t.display.line(f"finished {t.folder}: {t.session.clock.images:,} images")
+    if t.metrics and (account := t.metrics.account()):
+        t.display.line(account)
     t.display.line(f"look at {t.folder / 'report.html'} and {t.folder / 'samples'}")
     t.display.line(f"sample: python -m engine.sample {t.folder} --num 64 --out grid.png")
 

@@ -13,7 +13,7 @@ import tyro
 
 from engine import track
 from engine.networks.spec import ImageSpec
-from engine.settings import Inline, Length, PlayerSettings, Recipe
+from engine.settings import Inline, Length, Metrics, PlayerSettings, Recipe
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -101,6 +101,7 @@ def _chosen_length(given: Length, arguments: list[str]) -> Length:
 
 def check(recipe: Recipe, world_size: int) -> None:
     """Raise ValueError, naming setting and remedy, for values that cannot be trained with."""
+    _check_finite(recipe)
     parts = world_size * recipe.accumulate
     if recipe.accumulate < 1 or recipe.data.batch < 1:
         raise ValueError("data.batch and accumulate must be at least 1")
@@ -117,11 +118,29 @@ def check(recipe: Recipe, world_size: int) -> None:
     if recipe.seed < 0 or recipe.data.workers < 0:
         raise ValueError("--seed and --data.workers must not be negative")
     _check_outputs(recipe)
-    if recipe.metrics.every_kimg < 0 or recipe.metrics.generated < 1 or recipe.metrics.real < 0:
-        raise ValueError("--metrics.every-kimg, .generated and .real must not be negative")
+    _check_metrics(recipe.metrics)
     recipe.step.check()
     for name, player in recipe.step.players().items():
         _check_player(name, player)
+
+
+def _check_finite(recipe: Recipe) -> None:
+    for flag, value in flatten(recipe, flags=True).items():
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, float) and not math.isfinite(v):
+                raise ValueError(f"--{flag} {v} is no number to train with: give a finite one")
+
+
+def _check_metrics(metrics: Metrics) -> None:
+    if metrics.every_kimg < 0 or metrics.real < 0:
+        raise ValueError("--metrics.every-kimg and --metrics.real must not be negative")
+    if metrics.generated < 1:
+        raise ValueError(f"--metrics.generated {metrics.generated} is too few: give at least 1")
+    if metrics.weights is not None and not metrics.weights.is_file():
+        raise ValueError(
+            f"--metrics.weights {metrics.weights}: there is no such file; correct the path or "
+            f"leave the flag out"
+        )
 
 
 def _check_player(name: str, player: PlayerSettings) -> None:

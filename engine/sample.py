@@ -37,6 +37,7 @@ from engine.settings import Algorithm
 from engine.steps.autoencoder import Variational
 from engine.trained import Model, Trained, open_run
 from engine.verb import exit_code, say, warn
+from engine.whole import check_place
 from pipelines.datasets import BadImage, DatasetMissing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -231,7 +232,8 @@ def choose(command: Command) -> tuple[Draw, str]:
 
 
 def check_places(command: Command) -> None:
-    """Raise ValueError for a picture or folder that would overwrite something else."""
+    """Raise ValueError for a picture or folder that would overwrite something else, OSError for
+    one that cannot be written."""
     if command.out and command.out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {command.out}: the name must end in {', '.join(SUFFIXES)}")
     if command.out and command.out.is_dir():
@@ -241,6 +243,9 @@ def check_places(command: Command) -> None:
             raise ValueError(f"--each {command.each} is a file: name a folder")
         if any(command.each.iterdir()):
             raise ValueError(f"--each {command.each} is not empty: name a new folder or empty it")
+    for path in (command.out, command.each and command.each / "00000.png"):
+        if path:
+            check_place(path)
 
 
 def open_model(command: Command) -> Model:

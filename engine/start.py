@@ -1,5 +1,6 @@
 """Everything before the first step: from a command to a run that is ready to train."""
 
+import contextlib
 import socket
 import sys
 import time
@@ -144,10 +145,10 @@ def _prepare(
     t = Training(name, folder, live, pipeline, total, facts, display, stop, Stats(ranks), exits)
     if command.fresh:
         t.to_go_on = f"the same command with --run-name {folder.name} in place of --fresh goes on"
-    _agree(ranks, lambda: _open_outputs(t, dataset, None if before else resolved, resumed))
     if recipe.metrics.every_kimg and live.clock.images < total:
-        t.metrics = Schedule(live, folder, display.line)
+        t.metrics = Schedule(live, folder, display.line)  # may refuse: before anything is written
         exits.callback(t.metrics.close)
+    _agree(ranks, lambda: _open_outputs(t, dataset, None if before else resolved, resumed))
     if compiler.active and live.clock.images < total:
         _compile(live, pipeline, display)
     return t
@@ -189,8 +190,19 @@ def _agree(ranks: Ranks, check_on_rank_0: Callable[[], Any]) -> Any:
 
 def _open_folder(exits: ExitStack, folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     stored = run.check_same(folder, recipe)
+    made = [place for place in (folder, *folder.parents[:2]) if not place.exists()]
+    exits.callback(_remove_unused, folder, made)
     exits.enter_context(run.locked(folder))
     return stored
+
+
+def _remove_unused(folder: Path, made: list[Path]) -> None:
+    """Take back the folders that a start made, if it failed before it wrote anything there."""
+    with contextlib.suppress(OSError):  # another process may use them by now
+        if folder in made and [p.name for p in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            for place in made:
+                place.rmdir()
 
 
 def _resolve(

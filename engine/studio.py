@@ -118,18 +118,18 @@ class Studio:
         if path.stat().st_size > self.upload_bytes:
             raise Refused(f"the file is larger than {self.upload_bytes / 2**20:g} MB")
         fit = Fit(self.model.resolution, self.model.channels)
+        most = f"at most {LARGEST / 1e6:.0f} million are taken"
         try:
             with Image.open(path, formats=FORMATS) as image:
                 if (pixels := image.width * image.height) > LARGEST:
-                    raise Refused(
-                        f"the image has {pixels / 1e6:,.0f} million pixels; "
-                        f"at most {LARGEST / 1e6:.0f} million are taken"
-                    )
+                    raise Refused(f"the image has {pixels / 1e6:,.0f} million pixels; {most}")
                 image.load()
                 turned = ImageOps.exif_transpose(image)
                 pixels_CHW = fit(turned, "the image")
         except Refused:
             raise
+        except Image.DecompressionBombError as error:  # PIL's own limit, above this one
+            raise Refused(f"the image has too many pixels; {most}") from error
         # PIL's readers raise whatever a broken file makes them stumble over (see pipelines.images)
         except Exception as error:
             kinds = ", ".join(FORMATS)
@@ -174,9 +174,9 @@ def broken(images_NCHW: Tensor) -> str:
 def number(value: Any, name: str, least: float, most: float) -> float:
     """A finite number within its bounds, or Refused."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Refused(f"{name}: give a number from {least:,g} to {most:,g}")
+        raise Refused(f"{name}: give a number from {least:,.10g} to {most:,.10g}")
     if not least <= value <= most:
-        raise Refused(f"{name}: {value:,g} is not from {least:,g} to {most:,g}")
+        raise Refused(f"{name}: {value:,.10g} is not from {least:,.10g} to {most:,.10g}")
     return float(value)
 
 

@@ -4,6 +4,8 @@ checkpoint. An export serves through the same interface (see `engine.exported`).
 Shapes: N images, C channels, H height, W width, L latent.
 """
 
+import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,10 +165,7 @@ def _read_checkpoint(
     root = folder / "checkpoints"
     there = checkpoint.listing(root)
     if not there:
-        raise RunError(
-            f"{folder} has no checkpoint yet: the first is written after "
-            f"{recipe.outputs.checkpoint_every * 1000:,.0f} images, or when training is stopped"
-        )
+        raise RunError(_without_checkpoints(folder, recipe.outputs.checkpoint_every * 1000))
     if images is None:
         chosen = checkpoint.newest_whole(root, warn)
     else:
@@ -180,6 +179,32 @@ def _read_checkpoint(
     if chosen is None:
         raise CheckpointError(f"no checkpoint in {root} is whole; run the training command again")
     return checkpoint.read(chosen)
+
+
+def _without_checkpoints(folder: Path, first: float) -> str:
+    """Why a run has none: it came too short so far, or they were removed."""
+    images, finished = _seen(folder / "stats.jsonl")
+    if finished or images >= first:
+        return (
+            f"{folder} was trained to {images:,} images, but its checkpoints are gone from "
+            f"{folder / 'checkpoints'}: put them back, or run the training command again"
+        )
+    return (
+        f"{folder} has no checkpoint yet: the first is written after {first:,.0f} images, or when "
+        f"training is stopped"
+    )
+
+
+def _seen(stats: Path) -> tuple[int, bool]:
+    """(images seen, whether the run came to its end) by a run's stats.jsonl; (0, False) of none."""
+    images, finished = 0, False
+    with contextlib.suppress(OSError):
+        for line in stats.read_text().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
+                entry = json.loads(line)
+                images = max(images, entry["images"])
+                finished |= entry.get("event") == "finish"
+    return images, finished
 
 
 def best_of(root: Path) -> int:

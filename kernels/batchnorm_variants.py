@@ -12,13 +12,13 @@ WHOLES = ("weight", "bias", "part", "stats", "gradients")
 NUMBERS = ("N", "C", "S", "tiles", "splits", "parts", "count")
 # Compile-time values beside the tile's, and element-passes (reads + writes of a tensor).
 TILED = {
-    "statistics": (k.statistics, {"EVEN": (True, False)}, "1"),
-    "apply": (k.apply, {"AFFINE": (True, False), "MERGE": (True, False)}, "2"),
-    "sums": (k.sums, {"AFFINE": (True,), "OUTPUT": (False, True), "FIXED": (False, True)}, "2"),
+    "statistics": (k.statistics, {"EVEN": (True, False)}, 1),
+    "apply": (k.apply, {"AFFINE": (True, False), "MERGE": (True, False)}, 2),
+    "sums": (k.sums, {"AFFINE": (True,), "OUTPUT": (False, True), "FIXED": (False, True)}, 2),
     "apply_gradient": (
         k.apply_gradient,
         {"AFFINE": (True,), "OUTPUT": (False, True), "SHARED": (False, True)},
-        "3",
+        3,
     ),
 }
 
@@ -36,19 +36,21 @@ def _tiled(dtype: str) -> Iterator[Variant]:
                 constants = {**tile, "LAST": last, **chosen}
                 label = "NHWC" if last else "NCHW"
                 named = "".join(f" {n.lower()}" for n, v in chosen.items() if v)
-                yield _variant(f"{name} {dtype} {label}{named}", kernel, dtype, constants, passes)
+                moved = passes + bool(chosen.get("FIXED"))
+                variant = f"{name} {dtype} {label}{named}"
+                yield _variant(variant, kernel, dtype, constants, moved)
 
 
 def _whole(dtype: str) -> Iterator[Variant]:
     for size in (2048, 8192, WHOLE_GRADIENT, WHOLE):
         tile = {"ROWS": 128, "COLUMNS": size // 128, "AFFINE": True}
         warps = min(max(size // 1024, 4), 32)
-        yield _variant(f"whole {dtype} {size}", k.whole, dtype, tile, "2", warps)
+        yield _variant(f"whole {dtype} {size}", k.whole, dtype, tile, 2, warps)
         if size <= WHOLE_GRADIENT:
             for output in (False, True):
                 name = f"whole_gradient {dtype} {size}{' output' if output else ''}"
                 constants = tile | {"OUTPUT": output}
-                yield _variant(name, k.whole_gradient, dtype, constants, "3", warps)
+                yield _variant(name, k.whole_gradient, dtype, constants, 3, warps)
 
 
 def _combinations(flags: dict[str, tuple[bool, ...]]) -> Iterator[dict[str, bool]]:
@@ -62,7 +64,7 @@ def _combinations(flags: dict[str, tuple[bool, ...]]) -> Iterator[dict[str, bool
 
 
 def _variant(
-    name: str, kernel: object, dtype: str, constants: dict, passes: str, warps: int = 4
+    name: str, kernel: object, dtype: str, constants: dict, passes: int, warps: int = 4
 ) -> Variant:
     types = {}
     for argument in kernel.arg_names:

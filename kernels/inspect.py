@@ -39,7 +39,14 @@ class Variant:
     warps: int = 4
     aligned: tuple[str, ...] = ()
     wide: str = "LDG"
-    passes: str = ""
+    passes: int = 0
+
+    @property
+    def floor(self) -> str:
+        """Bytes per element that the kernel must move, over all its passes."""
+        sizes = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
+        size = min(sizes.get(t, 4) for t in self.types.values())
+        return f"{self.passes * size} B ({self.passes} x {size})"
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Usage:
     stack: int
     spills: int
     loads: str
-    passes: str
+    floor: str
     breach: str
 
 
@@ -109,7 +116,7 @@ def read(variant: Variant, target: int) -> Usage:
         a.replace(".E", "").replace("LDG", "ld").replace("STG", "st") for a in accesses
     )
     breach = _breach(variant, registers, stack, spills, code)
-    return Usage(variant.name, target, registers, stack, spills, loads, variant.passes, breach)
+    return Usage(variant.name, target, registers, stack, spills, loads, variant.floor, breach)
 
 
 def _breach(variant: Variant, registers: int, stack: int, spills: int, code: str) -> str:
@@ -145,11 +152,11 @@ def _by_name(name: str, target: int) -> Usage:
 def main() -> int:
     """Print the table; the exit code."""
     command = tyro.cli(Command, prog="python -m kernels.inspect", description=__doc__)
-    table = Table("kernel", "sm", "registers", "spills", "stack", "accesses", "passes", "breach")
+    table = Table("kernel", "sm", "registers", "spills", "stack", "accesses", "floor", "breach")
     usages = list(inspect(command))
     for u in usages:
         numbers = (str(n) for n in (u.target, u.registers, u.spills, u.stack))
-        table.add_row(u.name, *numbers, u.loads, u.passes, u.breach)
+        table.add_row(u.name, *numbers, u.loads, u.floor, u.breach)
     Console(width=160).print(table)
     breaches = sum(bool(u.breach) for u in usages)
     print(f"{len(usages)} compiled, {breaches} beyond a limit")

@@ -6,10 +6,10 @@ from kernels.inspect import Variant
 # Element-passes: reads and writes of a tensor as large as the logits, or as the mean; of the
 # Gaussian with a sample and without.
 PASSES = {
-    "loss_kernel": ("1", "1"),
-    "gradient_kernel": ("2", "2"),
-    "forward_kernel": ("4", "2"),
-    "backward_kernel": ("6", "4"),
+    "loss_kernel": (1, 1),
+    "gradient_kernel": (2, 2),
+    "forward_kernel": (4, 2),
+    "backward_kernel": (6, 4),
 }
 
 

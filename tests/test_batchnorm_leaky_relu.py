@@ -1,28 +1,25 @@
-"""BatchNorm + LeakyReLU: the plain form, Triton's kernels in the interpreter, and the module."""
+"""BatchNorm + LeakyReLU: the plain form, and Triton's kernels in the interpreter."""
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
-from torch.testing._internal.common_modules import module_db
 
 from kernels import batchnorm_leaky_relu as front
 from kernels import dispatch
 from kernels.batchnorm_leaky_relu import backward_reference, batchnorm_leaky_relu
-from kernels.batchnorm_module import BatchNormLeakyReLU, fuse, plain
 from tests import interpreted
 from tests.interpreted import error
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 SHAPES = [
-    *((6, 33), (3, 5, 33), (4, 3, 5, 7), (8, 40, 4, 4), (1, 3, 7, 7), (2, 64, 16, 16)),
+    *((6, 33), (3, 5, 33), (4, 3, 5, 7), (8, 40, 4, 4), (1, 3, 7, 7), (2, 16, 16, 16)),
     *((2, 3, 4, 5, 6), (2, 1, 1, 1025), (128, 2, 1, 1)),
 ]
 # Norm of the error as a share of the norm, against float64. The interpreter cuts bf16 off instead
@@ -166,7 +163,7 @@ def test_wrong_input_is_refused_kernel_or_not(x, options, kind, text):
 
 
 def test_the_interpreted_tests_of_this_file_pass():
-    interpreted.run(__file__, fewest=60)
+    interpreted.run(__file__, fewest=50)
 
 
 @pytest.fixture(autouse=True)
@@ -211,12 +208,12 @@ def test_kernels_without_affine_or_running_statistics(slope, options):
 def test_kernels_that_split_a_channel_and_that_hold_it_whole_agree(last, monkeypatch):
     from kernels import batchnorm_launch as launch
 
-    x, dy, weight, bias = given((8, 40, 4, 4), torch.float32)
+    x, dy, weight, bias = given((4, 33, 4, 4), torch.float32, 2.0, 1.0)
     x = in_format(x, last)
     results, splits = [], []
-    for programs, fewest in ((1, 1000), (3 if last else 80, 1000), (1, 1)):
+    for programs, fewest in ((1, 1000), (3 if last else 66, 1000), (1, 1)):
         monkeypatch.setattr(launch, "PROGRAMS", programs)
-        monkeypatch.setattr(launch, "TILE", 32)
+        monkeypatch.setattr(launch, "TILE", 16)
         monkeypatch.setattr(launch, "FEWEST_CHANNELS", fewest)
         splits.append(launch.layout_of(x).splits)
         results.append(ours(x, dy, weight, bias, True, 0.2))
@@ -384,73 +381,6 @@ def launches(function: Callable, *given: Tensor) -> list[str]:
         elif node.op == "call_function":
             assert node.target.__name__.split(".")[0] in ("getitem", "empty_like", "new_empty")
     return names
-
-
-# the module
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2, inplace=True)]
-    layers += [nn.Sequential(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers, nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Tanh())
-
-
-def test_fusing_keeps_keys_parameters_and_results():
-    apart, together = network(), network()
-    parameters = list(together.parameters())
-    fuse(together)
-    assert sum(isinstance(m, BatchNormLeakyReLU) for m in together.modules()) == 2
-    assert [m.slope for m in together.modules() if isinstance(m, BatchNormLeakyReLU)] == [0.2, 0.0]
-    assert all(a is b for a, b in zip(together.parameters(), parameters, strict=True))
-    together.load_state_dict(apart.state_dict())
-    x = torch.randn(5, 1, 9, 9)
-    for _ in range(2):
-        for a, b in ((apart, together), (together, apart)):
-            a.zero_grad()
-            a(x).square().sum().backward()
-            assert torch.equal(a(x), b(x)) or dispatch.INTERPRET
-        for p, q in zip(apart.parameters(), together.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad)
-        apart.eval(), together.eval()
-    for name, value in apart.state_dict().items():
-        torch.testing.assert_close(together.state_dict()[name], value)
-
-
-def norms() -> list:
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return [info for info in module_db if info.module_cls in kinds]
-
-
-@interpreted.either
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("info", norms(), ids=lambda i: i.module_cls.__name__)
-def test_pytorchs_own_inputs_for_batchnorm_kernel_or_not(info, training):
-    """torch.testing's module database: every constructor and input that it has for BatchNorm."""
-    seen = 0
-    for case in info.module_inputs_func(info, "cpu", torch.float32, True, training):
-        args, options = case.constructor_input.args, case.constructor_input.kwargs
-        theirs = info.module_cls(*args, **options)
-        mine = BatchNormLeakyReLU.of(copy.deepcopy(theirs), 1.0)
-        x = case.forward_input.args[0].detach()
-        outputs = []
-        for module in (theirs.train(training), mine.train(training)):
-            leaf = x.clone().requires_grad_()
-            y = module(leaf)
-            (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
-            gradients = [p.grad for p in module.parameters()]
-            outputs.append([y.detach(), leaf.grad, *gradients, *module.buffers()])
-        for a, b in zip(*outputs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-        seen += 1
-    assert seen > 1
-
-
-def test_the_module_is_plain_where_a_penalty_needs_it():
-    module = BatchNormLeakyReLU(3)
-    with plain(nn.Sequential(module)):
-        assert module.plain
-    assert not module.plain
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

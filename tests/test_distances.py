@@ -1,5 +1,7 @@
 """Distances between sets of features: analytic cases, the libraries', and brute force."""
 
+import math
+
 import pytest
 import torch
 
@@ -149,8 +151,18 @@ def test_a_set_against_itself_is_perfect_and_a_collapsed_one_is_not():
     assert collapsed["coverage"] < 0.2
 
 
-def test_features_that_are_not_finite_give_a_figure_that_is_not():
-    broken = features(200, 4, 0)
-    broken[3, 2] = torch.nan
-    found = figures(collect(features(200, 4, 1), 50), collect(broken, 50))
-    assert found["fid"] != found["fid"]
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_features_and_logits_that_are_not_finite_are_an_error_naming_the_extractor(value):
+    whole, broken = features(20, 4, 0), features(20, 4, 0)
+    broken[3, 2] = value
+    for pair in ((broken, None), (whole, broken)):
+        taken = Accumulator(4, torch.device("cpu"), "TorchScript own.pt")
+        taken.add(*pair)
+        with pytest.raises(ValueError, match=r"^TorchScript own\.pt gives .* not finite"):
+            taken.join(ALONE)
+
+
+def test_all_figures_are_finite_where_the_features_are():
+    found = figures(collect(features(200, 4, 1), 50), collect(features(200, 4, 0), 50))
+    assert {"fid", "kid", "precision", "recall", "density", "coverage"} == set(found)
+    assert all(math.isfinite(value) for value in found.values())

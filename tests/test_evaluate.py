@@ -1,13 +1,16 @@
 """The evaluate verb: runs side by side, plain folders, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
-from engine.evaluate import main
+from engine.evaluate import main, remember
+from engine.report.__main__ import main as report
 from engine.train import main as train
 from tests.images import images
+from tests.reports import Page
 from tests.test_metrics import SMALL, evaluations, flags
 
 
@@ -31,13 +34,47 @@ def test_a_run_is_measured_again_with_the_same_result(runs, tmp_path, capsys):
     recorded = evaluations(runs / "a")[-1]
     assert results["a"]["figures"] == pytest.approx(recorded["figures"])
     assert results["a"]["protocol"] == recorded["protocol"]
-    assert json.loads((runs / "b" / "evaluation.json").read_text()) == results["b"]
+    assert json.loads((runs / "b" / "evaluation.json").read_text()) == [results["b"]]
     assert results["a"]["figures"]["fid"] != results["b"]["figures"]["fid"]
 
 
 def test_the_best_checkpoint_can_be_asked_for(runs, capsys):
     assert main([str(runs / "a"), "--checkpoint", "best", "--metrics.generated", "280"]) == 0
     assert "80 images" in capsys.readouterr().out
+
+
+def test_the_newest_figures_of_every_protocol_and_checkpoint_are_kept(runs, tmp_path, capsys):
+    run = shutil.copytree(runs / "a", tmp_path / "a")
+    (run / "evaluation.json").write_text("[3, {")
+    assert main([str(run)]) == 0
+    assert "evaluation.json could not be read" in capsys.readouterr().err
+    other = ("--metrics.generated", "290")
+    assert main([str(run), *other]) == 0
+    assert main([str(run)]) == 0
+    kept = json.loads((run / "evaluation.json").read_text())
+    usual = evaluations(run)[-1]["protocol"]["generated"]
+    assert [entry["protocol"]["generated"] for entry in kept] == [290, usual]
+    remember(run, kept[0] | {"images": 5})
+    remember(run, kept[0] | {"figures": {"fid": 1.0}})
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert [entry["images"] for entry in kept] == [80, 5, 80]
+    assert kept[-1]["figures"] == {"fid": 1.0}
+
+
+def test_runs_measured_alike_are_compared_by_the_report(runs, tmp_path):
+    folders = [shutil.copytree(runs / name, tmp_path / name) for name in ("a", "b")]
+    for folder in folders:
+        (folder / "evaluation.json").unlink(missing_ok=True)
+    assert main([*map(str, folders), "--metrics.generated", "290"]) == 0
+    out = tmp_path / "cmp.html"
+    assert report([*map(str, folders), "--out", str(out)]) == 0
+    (table,) = Page(out).data()["evaluated"]
+    assert "290 generated images" in table["words"]
+    place = [name for name, _ in table["heads"]].index("FID")
+    for (run, at, digest, cells), folder in zip(table["rows"], folders, strict=True):
+        (stored,) = json.loads((folder / "evaluation.json").read_text())
+        assert (folders[run], at, digest) == (folder, 80, stored["checkpoint"][:12])
+        assert cells[place] == [pytest.approx(stored["figures"]["fid"], rel=1e-4)]
 
 
 def test_mixed_protocols_are_refused_saying_why(runs, tmp_path, capsys):

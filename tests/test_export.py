@@ -262,9 +262,18 @@ def test_the_card_tells_the_figures_of_these_very_weights(copy: Path, tmp_path: 
     assert "| fid | 44.125 |" in card and "| kid | not a number |" in card and "- ema: True" in card
     assert not any(other in card for other in ("99.5", "88.25", "33.5", "11.5"))
     assert "| fid | 33.5 |" in written("--no-ema")
-    evaluation = {"checkpoint": open_run(copy).checkpoint, "figures": {"fid": 7.75}}
-    (copy / "evaluation.json").write_text(json.dumps(evaluation))
-    assert "| fid | 7.75 |" in written()
+    entry = {"checkpoint": open_run(copy).checkpoint, "images": 64}
+    alike = entry | {"figures": {"fid": 7.75}, "protocol": {"ema": True}}
+    apart = entry | {"figures": {"fid": 5.5, "psnr": 1.0}, "protocol": {"ema": True, "real": 9}}
+    (copy / "evaluation.json").write_text(json.dumps([apart]))
+    card = written()  # those of training's own protocol come first
+    assert 0 < card.index("| fid | 44.125 |") < card.index("| fid | 5.5 |") < card.index("real: 9")
+    assert "- psnr (likelihood and reconstruction): " in card
+    another = entry | {"checkpoint": "another", "figures": {"fid": 99.5}, "protocol": {}}
+    (copy / "evaluation.json").write_text(json.dumps([alike, apart, another]))
+    card = written()
+    assert 0 < card.index("| fid | 7.75 |") < card.index("| fid | 5.5 |")
+    assert not any(other in card for other in ("99.5", "44.125"))
     assert "| fid | 99.5 |" in written("--checkpoint", "32")
 
 

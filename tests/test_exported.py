@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from engine import exported, sample
 from engine.export import __main__ as export
@@ -80,7 +81,14 @@ def test_the_command_takes_any_of_them_alone(
         alone = shutil.copy(gan / "export" / name, tmp_path / f"mine{Path(name).suffix}")
         assert run(alone, "--num", 3, "--out", "grid.png", "--each", name) == 0
         said = capsys.readouterr()
-        assert "dcgan_digits at 64 images, moving average" in said.out and not said.err
+        assert "dcgan_digits at 64 images, moving average" in said.out
+        assert said.err.count("\n") == 1 and "copy the whole folder" in said.err
+        for picture in ("grid.png", next(Path(name).iterdir())):
+            assert Image.open(picture).text["Saddle checkpoint"] == exported.UNVERIFIED
+        assert run(gan / "export" / name, "--num", 3, "--out", "whole.png") == 0
+        assert not capsys.readouterr().err
+        checkpoint = open_run(gan).checkpoint
+        assert Image.open("whole.png").text["Saddle checkpoint"] == checkpoint
         assert len(list(Path(name).iterdir())) == 3
     assert run(gan / "export", "--interpolate", "--num", 2, "--out", "walk.png") == 0
     assert Path("walk.gif").exists()
@@ -94,7 +102,19 @@ def test_damaged_files_are_named(
     whole = (copy / name).read_bytes()
     (copy / name).write_bytes(whole[: len(whole) // 2] if content == "half" else content.encode())
     error = refused(capsys, 1, copy / name, "--num", 1)
+    assert name in error and "wrong SHA-256" in error
+    (copy / "config.json").unlink()  # now nothing but the file itself can tell
+    error = refused(capsys, 1, copy / name, "--num", 1)
     assert name in error and "damaged" in error
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_changed_byte_is_enough(name: str, copy: Path, capsys: pytest.CaptureFixture) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    assert f"{name} is damaged (wrong SHA-256)" in refused(capsys, 1, copy / name)
+    assert not Path("grid.png").exists()
 
 
 def test_a_damaged_folder_is_named(copy: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,9 @@
 """What makes features: files of every kind, the small classifier, and what is refused."""
 
+import re
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -130,18 +133,160 @@ class Evil:
         return print, ("unpickled",)
 
 
+def refusal(path, **more) -> str:
+    """The one line that says why the weights are refused."""
+    with pytest.raises(ValueError, match=re.escape(Path(path).name)) as caught:
+        open_extractor(Metrics(weights=Path(path), **more), Data(name="digits"), CPU, print)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "\x1b" not in text
+    assert len(text.replace(str(path), "")) < 420  # 200 of which may be foreign
+    return text
+
+
 def test_weights_of_the_wrong_kind_are_refused_and_never_unpickled(tmp_path, capsys):
     torch.save({"layer": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
     torch.save(Evil(), tmp_path / "evil.pth")
+    torch.save(Small(), tmp_path / "module.pth")
     (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "junk.pth").write_bytes(b"junk" * 100)
     (tmp_path / "text.pt").write_text("no script")
-    (tmp_path / "text.safetensors").write_text("no tensors")
-    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "weights.bin").write_text("")
-    for path in (*sorted(tmp_path.iterdir()), tmp_path / "nowhere.pth"):
-        with pytest.raises(ValueError, match=path.name):
-            from_file(Metrics(weights=path), CPU)
-    with pytest.raises(ValueError, match=r"tests\.test_extractor:Other"):
-        path = tmp_path / "other.safetensors"
-        from_file(Metrics(weights=path, network="tests.test_extractor:Other"), CPU)
+    (tmp_path / "folder.pth").mkdir()
+    expected = {
+        "other.pth": "is not the state dict of torch-fidelity's Inception",
+        "list.pth": "is not the state dict of torch-fidelity's Inception",
+        "evil.pth": "holds no state dict (a pickled module is never loaded)",
+        "module.pth": "holds no state dict (a pickled module is never loaded)",
+        "text.pth": "holds no state dict",
+        "junk.pth": "holds no state dict",
+        "text.pt": "is no TorchScript file",
+        "weights.bin": "has an unknown suffix",
+        "folder.pth": "is a folder",
+    }
+    assert set(expected) == {path.name for path in tmp_path.iterdir()}
+    for name, text in expected.items():
+        found = refusal(tmp_path / name)
+        assert text in found
+        assert extractor.EXPECTED in found
+    assert "there is no such file" in refusal(tmp_path / "nowhere.pth")
     assert "unpickled" not in capsys.readouterr().out
+
+
+def test_safetensors_of_the_wrong_kind_are_refused_with_the_form_of_the_network(tmp_path):
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(2)}, other)
+    for path in (tmp_path / "text.safetensors", other):
+        assert "--metrics.network MODULE:CLASS" in refusal(path)
+    assert "Missing key" in refusal(other, network="tests.test_extractor:Small")
+    cases = {
+        "nomod": "must be MODULE:CLASS",
+        "tests.test_extractor:": "must be MODULE:CLASS",
+        "nonet:Net": "No module named 'nonet'; the module must be importable, from the current",
+        "tests.test_extractor:Other": "cannot be built: module 'tests.test_extractor' has no attr",
+        "tests.test_extractor:Evil": "is no torch.nn.Module",
+    }
+    for name, text in cases.items():
+        with pytest.raises(ValueError, match=re.escape(text)) as caught:
+            from_file(Metrics(weights=other, network=name), CPU)
+        assert f"--metrics.network {name}" in str(caught.value)
+
+
+class Maps(nn.Module):
+    """Gives maps, not features."""
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return images_NCHW.float()
+
+
+class Flat(nn.Module):
+    """Gives features whose number is that of the pixels."""
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return images_NCHW.float().flatten(1)
+
+
+class Bytes(nn.Module):
+    """Forgets that images are uint8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return self.layer(images_NCHW).mean((2, 3))
+
+
+class Pooled(nn.Module):
+    """Features as a pooling layer leaves them."""
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return images_NCHW.float().mean((2, 3), keepdim=True)
+
+
+class Three(nn.Module):
+    """Gives no tensor, but three."""
+
+    def forward(self, images_NCHW: torch.Tensor) -> tuple:
+        return images_NCHW, images_NCHW, images_NCHW
+
+
+def script(network: nn.Module, path: Path) -> Path:
+    torch.jit.script(network).save(str(path))
+    return path
+
+
+def test_what_is_no_features_is_refused_when_it_is_opened(tmp_path):
+    path = script(Maps(), tmp_path / "maps.pt")
+    expected = f"--metrics.weights {path} must give features (N, D), but gave (N, 3, 64, 64)"
+    assert refusal(path) == expected
+    found = refusal(script(Bytes(), tmp_path / "bytes.pt"))
+    assert "must take uint8 images (N, 3, H, W), but fails on 64 x 64 pixels: " in found
+    assert "Traceback" not in found
+    empty = tmp_path / "empty.safetensors"
+    safetensors.torch.save_file({}, empty)
+    assert "(N, D), but gave a tuple" in refusal(empty, network="tests.test_extractor:Three")
+
+
+def test_features_whose_width_depends_on_the_images_are_refused(tmp_path):
+    path = script(Flat(), tmp_path / "flat.pt")
+    made = from_file(Metrics(weights=path), CPU)
+    with pytest.raises(ValueError, match=r"flat\.pt must give .*\(N, 1200\) for images of 20 x 20"):
+        made.forward(IMAGES)
+
+
+def test_pooled_features_need_no_flattening(tmp_path):
+    made = from_file(Metrics(weights=script(Pooled(), tmp_path / "pooled.pt")), CPU)
+    assert made.forward(IMAGES)[0].shape == (4, 3)
+
+
+def test_torchscript_is_opened_without_the_librarys_warning(tmp_path):
+    path = script(Small(), tmp_path / "small.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_file(Metrics(weights=path), CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({"weights": "a.pt", "extractor": "classifier"}, ("weights a.pt", "extractor classifier")),
+        ({"weights": "a.pth", "extractor": "classifier"}, ("weights a.pth", "extractor classi")),
+        ({"weights": "a.pt", "extractor": "inception"}, ("weights a.pt", "extractor inception")),
+        ({"weights": "a.pt", "network": "m:C"}, ("weights is a.pt", "network m:C")),
+        ({"network": "m:C"}, ("network m:C", "no --metrics.weights")),
+    ],
+)
+def test_settings_that_name_two_extractors_are_refused(settings, flags):
+    path = Path(settings.pop("weights")) if "weights" in settings else None
+    with pytest.raises(ValueError, match="leave") as caught:
+        open_extractor(Metrics(weights=path, **settings), Data(name="digits"), CPU, print)
+    assert all(flag in str(caught.value) for flag in flags)
+
+
+def test_a_stored_classifier_and_the_classifier_are_one_extractor(digits, own_digits):
+    path = next(own_digits.cache_folder().glob("classifier-digits-*.safetensors"))
+    made = open_extractor(Metrics(weights=path, extractor="classifier"), own_digits, CPU, print)
+    assert made.digest == digits[1]["digest"]

@@ -1,14 +1,20 @@
 """Measuring while training: what is written, which checkpoint is kept, and that nothing changes."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine import checkpoint
 from engine.evaluate import main as evaluate
+from engine.metrics import schedule
+from engine.metrics.evaluator import Evaluation
+from engine.metrics.protocol import Protocol
 from engine.metrics.schedule import Schedule
 from engine.train import main
+from tests.checkpoints import started
 from tests.runs import QUICK, differences, final_state, toy, train
 
 SMALL = ["--metrics.generated", "300", "--metrics.real", "400"]
@@ -114,7 +120,49 @@ def test_bad_settings_are_found_before_training(setting, text, tmp_path, capsys)
     with pytest.raises(SystemExit, match="2"):
         main(["dcgan_digits", *flags("dcgan_digits", tmp_path, *setting)])
     assert text in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/*/checkpoints/*"))
+    assert not any(tmp_path.iterdir())  # no empty run folder stays
+
+
+def test_a_refused_start_leaves_a_folder_that_was_there(tmp_path, capsys):
+    folder = tmp_path / "dcgan_digits" / "it"
+    folder.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        main(["dcgan_digits", *flags("dcgan_digits", tmp_path, "--metrics.real", "50")])
+    assert "--metrics.real" in capsys.readouterr().err and folder.is_dir()
+
+
+def test_the_end_of_a_run_says_what_measuring_cost(tmp_path, capsys):
+    for more in ((), ("--metrics.every-kimg", "0")):
+        arguments = flags("dcgan_digits", tmp_path / str(len(more)), "--kimg", "0.08", *more)
+        assert main(["dcgan_digits", *arguments]) == 0
+        found = re.findall(r"^metrics: (\S+) % of the wall time", capsys.readouterr().out, re.M)
+        assert len(found) == (0 if more else 1)
+        assert all(0 < float(share) < 100 for share in found)
+
+
+def test_preparing_the_metrics_is_no_part_of_their_share(tmp_path, monkeypatch):
+    """As when the classifier is trained at the start: neither in the share nor in its whole."""
+    clock = [0.0]
+
+    class Slow:
+        protocol = Protocol("", "", "", "", "", "", 1, 1, False, 0)
+
+        def __init__(self, *_):
+            clock[0] += 100
+
+        def evaluate(self, *_):
+            clock[0] += 3
+            return Evaluation({"fid": 1.0}, self.protocol, 3.0)
+
+    monkeypatch.setattr(schedule, "Evaluator", Slow)
+    monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    live = started()
+    opened = Schedule(live, tmp_path, lambda text: None)
+    assert opened.account() == ""
+    clock[0] += 9
+    assert opened.measure(live)["time/metrics_share"] == 0.25
+    said = "metrics: 25.0 % of the wall time (100.0 s to prepare them not counted)"
+    assert opened.account() == said
 
 
 @pytest.mark.slow

@@ -89,6 +89,7 @@ def test_sections_of_a_run(tmp_path: Path) -> None:
     assert ("images seen", "12,800", "") in data["summary"]["tiles"]
     assert ("trained for", "13 s", "") in data["summary"]["tiles"]
     assert ("throughput", "1,234", "images/s") in data["summary"]["tiles"]
+    assert "medians of the last 20" in data["summary"]["words"]
     assert ("data.batch", "64") in data["settings"]
     origin = {table["title"]: table["rows"] for table in data["origin"]}
     assert ["precision", "bf16", "the CPU has it"] in origin["Chosen"]
@@ -235,6 +236,35 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     error = capsys.readouterr().err
     assert error.startswith(f"error: {run / 'recipe.json' / 'page.html'} cannot be written: ")
     assert error.count("\n") == 1
+
+
+def test_damaged_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", [tick(64, generator__loss=1.0), "\x00garbage\n", "{\n"])
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    assert main([str(run)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{run / 'report.html'}\n"
+    assert said.err.splitlines() == [
+        f"warning: {run}: 2 lines of stats.jsonl could not be read: left out",
+        f"warning: {run}: 1 line of metrics.jsonl could not be read: left out",
+    ]
+    assert series(Page(run / "report.html").data())["generator/loss"] == ([64], [1.0])
+    other = make_run(tmp_path / "other", [])
+    (other / "recipe.json").write_text('{"recipe":')
+    for arguments in ([str(other)], [str(run), str(other), "--out", str(tmp_path / "c.html")]):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {other}: recipe.json could not be read: ")
+        assert error.count("\n") == 1
+    assert not (other / "report.html").exists() and not (tmp_path / "c.html").exists()
+
+
+def test_a_note_is_of_curves_that_are_there(tmp_path: Path) -> None:
+    both = {"monitor__diversity": 1.0, "monitor__neighbour_distance": 0.5}
+    for name, values in (("one", {"monitor__diversity": 1.0}), ("two", both)):
+        (chart,) = payload(make_run(tmp_path / name, [tick(64, **values)]))["curves"]["charts"]
+        assert ("Neighbour distance" in chart["note"]) == (len(values) == 2)
+        assert chart["note"].startswith("Diversity: ")
 
 
 def test_the_report_needs_no_torch() -> None:

@@ -1,5 +1,6 @@
 """The pages in a real browser: no script error, every picture and curve there, narrow and wide."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,12 +10,19 @@ import pytest
 
 from engine import train
 from engine.report import write, write_comparison
-from tests.reports import measure
+from tests.reports import PROTOCOL, measure
 from tests.runs import run_folder, toy
 
 WIDTHS = {"narrow": 390, "wide": 1400}
 HEADINGS = (
-    *("Samples", "Quality", "Neighbours in the training set", "Interpolation", "Reconstructions"),
+    *(
+        "Samples",
+        "Quality",
+        "Measured by engine.evaluate",
+        "Neighbours in the training set",
+        "Interpolation",
+        "Reconstructions",
+    ),
     *("Curves", "Settings", "Where it ran", "Commands"),
 )
 
@@ -47,6 +55,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         figures = {"fid": 30.0, "kid": 0.1, "precision": 0.5, "psnr": 20.0}
         measure(found[name], {400: figures}, generated=100)
         measure(found[name], {720: {**figures, "fid": 20.0}}, extractor=f"classifier of {name}")
+        figures = {"figures": {"fid": 25.0, "kid": None}, "protocol": PROTOCOL}
+        entry = figures | {"images": 720, "checkpoint": "ab" * 32}
+        (found[name] / "evaluation.json").write_text(json.dumps([entry]))
         write(found[name])
     return found
 
@@ -121,7 +132,8 @@ def test_the_page_of_a_comparison(
     write_comparison([*runs.values()], tmp_path / "cmp.html")
     look = Look(browser, tmp_path / "cmp.html", width)
     look.check()
-    assert look.headings() == ["Samples", "Quality", "Curves", "Settings that differ"]
+    evaluated = "Measured by engine.evaluate"
+    assert look.headings() == ["Samples", evaluated, "Quality", "Curves", "Settings that differ"]
     text = look.page.locator("main").inner_text()
     assert "measured by different protocols" in text
     assert "Protocol 2" in text

@@ -71,6 +71,7 @@ def test_figures_of_other_protocols_stand_apart(pair: list[Path]) -> None:
 def test_names_are_distinct(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / top / "seed0", []) for top in ("x", "y")]
     assert run_names([read_run(f) for f in folders]) == ["x/seed0", "y/seed0"]
+    assert not any("//" in name for name in run_names([read_run(folders[0])] * 2))
     twice = [read_run(folders[0])] * 2
     assert len(set(run_names(twice))) == 2
 
@@ -82,6 +83,9 @@ def test_command_line(pair: list[Path], tmp_path: Path, monkeypatch, capsys) -> 
     out = tmp_path / "new" / "cmp.html"
     assert main([*(str(folder) for folder in pair), "--out", str(out)]) == 0
     assert Page(out).data()["kind"] == "comparison"
+    capsys.readouterr()
+    assert main([str(pair[0]), str(pair[1] / ".." / "a"), "--out", str(out)]) == 2
+    assert "named twice" in capsys.readouterr().err
 
 
 def test_runs_that_have_hardly_begun(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from engine.metrics import held_out, protocol
+from engine.report.curves import HIGHER, LOWER
 from engine.report.quality import differences, protocol_words
 from engine.report.sections import payload
 from tests.reports import PROTOCOL, make_run, measure, tick
@@ -82,9 +84,44 @@ def test_any_of_the_files_may_be_absent_or_torn(tmp_path: Path) -> None:
     assert any("--checkpoint best" in row["command"] for row in data["commands"])
 
 
+def test_the_words_on_held_out_figures_are_true() -> None:
+    assert held_out.IMAGES == protocol.HELD_OUT_IMAGES
+    sampled = {"fid", "kid", "inception_score", "precision", "recall", "density", "coverage"}
+    assert {*LOWER, *HIGHER, "kl"} - sampled == {*protocol.HELD_OUT}
+
+
+def test_what_was_measured_after_training_has_a_table_per_protocol(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [])
+    assert payload(run)["evaluated"] == []
+    entries = [
+        {"images": 2000, "checkpoint": "ab" * 32, "figures": {"kid": 1.0, "fid": 9.0}},
+        {"images": 1000, "checkpoint": "cd" * 32, "figures": {"fid": None}},
+    ]
+    entries = [entry | {"protocol": PROTOCOL} for entry in entries]
+    entries.append(entries[0] | {"protocol": PROTOCOL | {"generated": 7}})
+    entries.append({"images": "many"})
+    (run / "evaluation.json").write_text(json.dumps(entries))
+    data = payload(run)
+    newest, older = data["evaluated"]
+    assert newest["words"].startswith("7 generated images")
+    assert older["heads"] == [["FID", "lower is better"], ["KID", "lower is better"]]
+    assert older["rows"] == [
+        [0, 1000, "cd" * 6, [[None], []]],
+        [0, 2000, "ab" * 6, [[9.0], [1.0]]],
+    ]
+    assert data["events"][-1]["text"] == "1 entry of evaluation.json could not be read: left out"
+    for torn in ("{", "{}"):
+        (run / "evaluation.json").write_text(torn)
+        data = payload(run)
+        assert data["evaluated"] == []
+        assert "evaluation.json" in data["events"][-1]["text"]
+
+
 def test_protocols_in_words() -> None:
-    assert "compare it with nothing" in protocol_words({})
-    assert protocol_words({"split": "train", "ema": False}) == "weights as trained, split train"
+    assert "compare it with nothing" in protocol_words({}, [])
+    words = "weights as trained, split train"
+    assert protocol_words({"split": "train", "ema": False}, ["fid"]) == words
+    assert "psnr (likelihood and reconstruction): " in protocol_words(PROTOCOL, ["fid", "psnr"])
     assert differences([PROTOCOL, PROTOCOL]) == {}
     other = {**PROTOCOL, "ema": False, "crop": 1}
     assert differences([PROTOCOL, other]) == {"ema": ["yes", "no"], "crop": ["not stated", "1"]}

@@ -1,6 +1,7 @@
 """Sampling: every option, the same image for a seed, whole checkpoints, messages."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from engine import sample
+from engine.whole import write_whole
 from tests.trained import refused_by, trained
 
 GAN = ("--generator.width", "4", "--discriminator.channels", "4", "8", "--generator.latent", "6")
@@ -227,7 +229,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "is damaged" in refused(capsys, 1, copy, "--checkpoint", 64)
     shutil.rmtree(copy / "checkpoints/000000032")
     run(copy)
-    assert "is whole" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "is whole" in error and "there is none before it" in error and "using" not in error
 
 
 def test_wrong_runs(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -237,7 +240,39 @@ def test_wrong_runs(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
     (copy / "recipe.json").write_text(json.dumps(values))
     assert "does not fit" in refused(capsys, 1, copy)
     shutil.rmtree(copy / "checkpoints")
+    gone = refused(capsys, 1, copy)
+    assert "trained to 64 images" in gone and "checkpoints are gone" in gone
+    assert "run the training command again" in gone
+    stats = (copy / "stats.jsonl").read_text().splitlines()
+    (copy / "stats.jsonl").write_text(stats[0] + "\n{torn")  # it has only begun
     assert "has no checkpoint yet" in refused(capsys, 1, copy)
+    (copy / "stats.jsonl").unlink()
+    assert "has no checkpoint yet" in refused(capsys, 1, copy)
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(
+    gan: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sample, "open_run", lambda *_: pytest.fail("the run was opened"))
+    for flag, place in (
+        ("--out", "/proc/a.png"),
+        ("--out", "/proc/deep/a.png"),
+        ("--out", "file/a.png"),
+        ("--each", "/proc/a"),
+    ):
+        error = refused(capsys, 1, gan, flag, place)
+        assert place in error and "name another place" in error
+        assert ".tmp" not in error and "Errno" not in error
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_cannot_be_written_is_named_by_its_own_name(tmp_path: Path) -> None:
+    for path in (Path("/proc/a.png"), Path("/proc/deep/a.png"), tmp_path):  # the last: a folder
+        with pytest.raises(OSError, match=re.escape(f"cannot write {path} (")) as refusal:
+            write_whole(path, b"")
+        assert ".tmp" not in str(refusal.value) and "name another place" in str(refusal.value)
+    assert not list(tmp_path.parent.glob(".*.tmp"))
 
 
 def test_wrong_settings(gan: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

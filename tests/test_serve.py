@@ -35,8 +35,11 @@ def trained(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def served(run: Path, end: signal.Signals, *flags: str) -> Iterator[str]:
-    """A server's address; ended by a signal, it leaves well and nothing behind."""
+def served(
+    run: Path, end: signal.Signals, *flags: str, said: list[str] | None = None
+) -> Iterator[str]:
+    """A server's address; ended by a signal, it leaves well and nothing behind. `said` gets what
+    it printed after the address."""
     with tempfile.TemporaryDirectory() as temporary:
         process = subprocess.Popen(
             [sys.executable, "-m", "engine.serve", str(run), "--device", "cpu", *flags],
@@ -58,6 +61,8 @@ def served(run: Path, end: signal.Signals, *flags: str) -> Iterator[str]:
         # gradio prints a traceback of its own where what it is sent is no number at all
         assert output.endswith("ended\n") and f"{ROOT}/engine" not in output
         assert not list(Path(temporary).glob("saddle-serve-*"))
+        if said is not None:
+            said.append(output)
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +307,19 @@ def test_a_run_without_a_checkpoint(gan_run, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     shutil.copy(gan_run / "recipe.json", tmp_path / "run")
     assert "has no checkpoint yet" in refused(capsys, 1, tmp_path / "run")
+    shutil.copy(gan_run / "stats.jsonl", tmp_path / "run")
+    assert "checkpoints are gone" in refused(capsys, 1, tmp_path / "run")
+
+
+def test_a_seed_out_of_bounds_is_a_message_and_nothing_in_the_terminal(gan_run):
+    said = []
+    with served(gan_run, signal.SIGINT, said=said) as address:
+        for button, inputs in ((0, [-5, 4, 4]), (0, [2**32, 4, 4]), (1, [0, -1, 4])):
+            answer = press(address, button, inputs)
+            assert not answer["success"]
+            assert "seed: " in answer["output"]["error"]
+            assert "from 0 to 4,294,967,295" in answer["output"]["error"]
+    assert said == ["ended\n"]
 
 
 def test_a_port_in_use_is_named_and_passed_over_where_none_was_asked_for(gan_run, capsys):

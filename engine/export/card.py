@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import recipe as recipes
-from engine.export.figures import measurement, table
+from engine.export.figures import measurements, table
 from engine.exported import FILES
 from engine.run import read_recipe
 from engine.trained import Trained
@@ -142,8 +142,8 @@ def _without_paths(command: str) -> str:
 
 
 def _figures(trained: Trained, run_dir: Path) -> str:
-    if found := measurement(trained, run_dir):
-        return table(found)
+    if found := measurements(trained, run_dir):
+        return "\n".join(map(table, found))
     return (
         f"None were measured of these weights ({trained.images:,} images); "
         "`python -m engine.evaluate RUN_DIR`, before the export, measures them.\n"

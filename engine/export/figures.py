@@ -1,35 +1,40 @@
 """Which figures were measured of the very weights that are exported? Those of `engine.evaluate`
-(evaluation.json), else the last ones of training (metrics.jsonl) at that checkpoint."""
+(evaluation.json), and the last ones of training (metrics.jsonl) at that checkpoint."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from engine.metrics.protocol import held_out_words
+from engine.report.read import read_evaluated
 from engine.trained import Trained
 
 Json = dict[str, Any]
 
 
-def measurement(trained: Trained, run_dir: Path) -> Json | None:
-    """{"figures": {name: value}, "protocol": {key: value}} of these weights, or None.
+def measurements(trained: Trained, run_dir: Path) -> list[Json]:
+    """{"figures": {name: value}, "protocol": {key: value}} of these weights, one per protocol,
+    those of the protocol that training has logged first, then the newest.
 
     Figures of the moving average say nothing of the weights as trained, nor the other way round.
     """
-    evaluated = [
-        found
-        for found in _objects(run_dir / "evaluation.json", whole=True)
-        if found.get("checkpoint") == trained.checkpoint
-    ]
-    during = [
-        found
-        for found in _objects(run_dir / "metrics.jsonl")
-        if found.get("images") == trained.images
-    ]
-    for found in (*evaluated, *reversed(during)):
+    evaluated, _ = read_evaluated(run_dir)
+    logged = _logged(run_dir / "metrics.jsonl")
+    during = [line for line in logged if line.get("images") == trained.images]
+    measured = [found for found in evaluated if found.get("checkpoint") == trained.checkpoint]
+    by_protocol: dict[str, Json] = {}
+    for found in (*reversed(measured), *reversed(during)):
         ema = found.get("protocol", {}).get("ema", trained.averaged)
         if ema == trained.averaged and found.get("figures"):
-            return found
-    return None
+            by_protocol.setdefault(_key(found), found)
+    usual = _key(logged[-1]) if logged else ""
+    return sorted(by_protocol.values(), key=lambda found: _key(found) != usual)
+
+
+def _key(found: Json) -> str:
+    """The protocol but for the weights, of which a card has one kind only."""
+    protocol = {k: v for k, v in found.get("protocol", {}).items() if k != "ema"}
+    return json.dumps(protocol, sort_keys=True)
 
 
 def table(found: Json) -> str:
@@ -40,19 +45,19 @@ def table(found: Json) -> str:
     ]
     protocol = [f"- {key}: {value}" for key, value in found.get("protocol", {}).items()]
     lines = ["| figure | value |", "| --- | --- |", *rows, ""]
-    lines += ["Protocol, without which the figures mean little:", "", *protocol, ""]
+    lines += ["Protocol, without which the figures mean little:", "", *protocol]
+    if words := held_out_words(found["figures"]):
+        lines.append(f"- {words}")
+    lines.append("")
     return "\n".join(lines)
 
 
-def _objects(path: Path, whole: bool = False) -> list[Json]:
-    """The JSON objects of a file, one per line or a single one; what is torn is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text()
+def _logged(path: Path) -> list[Json]:
+    """The JSON objects of a file, one per line; what is torn is left out."""
     found = []
-    for part in [text] if whole else text.splitlines():
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(part))
+            found.append(json.loads(line))
         except ValueError:
             continue
-    return [x for x in found if isinstance(x, dict)]
+    return [x for x in found if isinstance(x, dict) and isinstance(x.get("protocol", {}), dict)]

@@ -100,7 +100,7 @@ class Evaluator:
         except ValueError:
             return None
         key = philox.make_key(settings.seed, device=ranks.device)
-        taken = Accumulator(self._extractor.size, ranks.device)
+        taken = Accumulator(self._extractor.size, ranks.device, self._extractor.name)
         for position_N in share(torch.arange(settings.generated), ranks).split(BATCH):
             z_NL = philox.normal(key, LATENTS, position_N.to(ranks.device), size)
             taken.add(*self._extractor.forward(quantised(step.decode(networks, z_NL))))
@@ -157,7 +157,7 @@ def real_features(
     if known is not None:
         return known
     rows = share(torch.from_numpy(Order(len(dataset), 0).rows(np.arange(count))), ranks)
-    taken = Accumulator(extractor.size, ranks.device)
+    taken = Accumulator(extractor.size, ranks.device, extractor.name)
     with torch.no_grad():
         for part in rows.split(BATCH):
             images_NCHW, _ = decode(dataset, data, part.numpy())
@@ -172,7 +172,8 @@ def _read(path: Path) -> FeatureSet | None:
     try:
         stored = safetensors.torch.load_file(path)
         count, moments = int(stored["count"]), (stored["sum_D"], stored["outer_DD"])
-        return FeatureSet(count, *moments, stored["features_ND"])
+        finite = all(x.isfinite().all() for x in moments)  # measured again, the error is raised
+        return FeatureSet(count, *moments, stored["features_ND"]) if finite else None
     except (OSError, KeyError, safetensors.SafetensorError):
         return None
 

@@ -5,7 +5,9 @@ An extractor takes uint8 images and says what it is, since a figure means nothin
 
 import hashlib
 import importlib
+import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,10 @@ from pipelines.settings import Data
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 """File name of torch-fidelity's Inception weights, converted from the FID paper's network."""
+EXPECTED = (
+    "--metrics.weights takes torch-fidelity's Inception state dict (.pth), TorchScript (.pt), or "
+    ".safetensors with --metrics.network MODULE:CLASS"
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,39 @@ def open_extractor(
 ) -> Extractor:
     """The extractor that the settings ask for. Raises ValueError naming a setting, and what
     `find` raises where the classifier is to be trained on a dataset that is not there."""
+    _refuse_contradictions(settings)
     if settings.weights is not None:
         return from_file(settings, device)
-    if settings.extractor == "inception" or (settings.extractor == "auto" and _cached().exists()):
+    if not takes_classifier(settings):
         return fetched_inception(device)
     network, about = classifier.open_classifier(data, device, say)
     return of_classifier(network, about)
+
+
+def takes_classifier(settings: Metrics) -> bool:
+    """Whether these settings make the small classifier the extractor."""
+    if settings.weights is not None or settings.extractor == "inception":
+        return False
+    return settings.extractor == "classifier" or not _cached().exists()
+
+
+def _refuse_contradictions(settings: Metrics) -> None:
+    """Raise ValueError naming both flags where one of them would go unused."""
+    path, network, kind = settings.weights, settings.network, settings.extractor
+    suffix = path.suffix if path else None
+    if network is not None and suffix != ".safetensors":
+        there = f"--metrics.weights is {path}" if path else "there is no --metrics.weights"
+        raise ValueError(
+            f"--metrics.network {network} is for weights in a .safetensors file, but {there}: "
+            f"leave --metrics.network out, or give --metrics.weights FILE.safetensors"
+        )
+    stored = suffix == ".safetensors" and network is None  # a classifier of Saddle's
+    fits = {"auto": True, "inception": suffix == ".pth", "classifier": stored}
+    if path is not None and not fits[kind]:
+        raise ValueError(
+            f"--metrics.weights {path} and --metrics.extractor {kind} name two extractors: leave "
+            f"one of them out (--metrics.extractor auto takes the weights)"
+        )
 
 
 def _cached() -> Path:
@@ -67,44 +100,66 @@ def fetched_inception(device: torch.device) -> Extractor:
             f"the Inception weights cannot be fetched ({' '.join(str(error).split())}); give "
             f"--metrics.weights FILE ({INCEPTION}), or --metrics.extractor classifier"
         ) from None
-    return inception(state, _digest(_cached()), device)
+    return inception(state, _cached(), device)
 
 
 def from_file(settings: Metrics, device: torch.device) -> Extractor:
     """The extractor in a file; its kind is told by the suffix. Raises ValueError."""
     path = settings.weights
+    if path.is_dir():
+        raise ValueError(f"--metrics.weights {path} is a folder, not a file: {EXPECTED}")
     if not path.is_file():
         raise ValueError(f"--metrics.weights {path}: there is no such file")
     if path.suffix == ".safetensors":
         return _safetensors(path, settings.network, device)
+    if path.suffix == ".pth":
+        return inception(_state(path), path, device)
+    if path.suffix in (".pt", ".ts", ".torchscript"):
+        return _of_network(_torchscript(path, device), f"TorchScript {path.name}", path, device)
+    raise ValueError(f"--metrics.weights {path} has an unknown suffix: {EXPECTED}")
+
+
+def _state(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".pth":
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return inception(state, _digest(path), device)
-        if path.suffix in (".pt", ".ts", ".torchscript"):
-            network = torch.jit.load(str(path), map_location=device).eval()
-            return _of_network(network, f"TorchScript {path.name}", _digest(path), device)
-    except ValueError:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever a foreign file makes PyTorch raise, a KeyError too: no state dict
+        raise ValueError(
+            f"--metrics.weights {path} holds no state dict (a pickled module is never loaded): "
+            f"{EXPECTED}"
+        ) from None
+
+
+def _torchscript(path: Path, device: torch.device) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
+            return torch.jit.load(str(path), map_location=device).eval()
+    except (OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a foreign file makes PyTorch raise: it is not usable
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--metrics.weights {path} cannot be used: {reason}") from None
-    raise ValueError(
-        f"--metrics.weights {path}: its suffix must be .pth (torch-fidelity's Inception), .pt "
-        f"(TorchScript) or .safetensors"
-    )
+        raise ValueError(
+            f"--metrics.weights {path} is no TorchScript file ({_short(error)}): {EXPECTED}"
+        ) from None
 
 
-def inception(state: dict[str, Tensor], digest: str, device: torch.device) -> Extractor:
-    """torch-fidelity's Inception v3 as the FID paper used it: pool features, 2048 of them."""
+def inception(state: dict[str, Tensor], path: Path, device: torch.device) -> Extractor:
+    """torch-fidelity's Inception v3 as the FID paper used it: pool features, 2048 of them. path:
+    the file that the state is from. Raises ValueError where it is another network's."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with tempfile.TemporaryDirectory() as folder:  # the library would unpickle the user's own file
         safe = Path(folder) / INCEPTION
         torch.save(state, safe)
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], str(safe)
-        )
+        try:
+            network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], str(safe)
+            )
+        except (RuntimeError, TypeError, AttributeError):  # a list of all names, or no dict
+            raise ValueError(
+                f"{path} is not the state dict of torch-fidelity's Inception: {EXPECTED}"
+            ) from None
     network.to(device)
 
     def forward(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,36 +167,113 @@ def inception(state: dict[str, Tensor], digest: str, device: torch.device) -> Ex
         return features_ND, logits_NK
 
     resize = "bilinear as in TensorFlow 1, to 299"
-    return Extractor("Inception v3 (torch-fidelity)", digest, 2048, resize, forward)
+    return Extractor("Inception v3 (torch-fidelity)", _digest(path), 2048, resize, forward)
 
 
 def _safetensors(path: Path, name: str | None, device: torch.device) -> Extractor:
     if name is None:
         return of_classifier(*classifier.load(path, device))
+    network = _built(name)
+    try:
+        network.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"--metrics.weights {path} does not fit --metrics.network {name}: {_short(error)}"
+        ) from None
+    network = network.to(device).eval().requires_grad_(False)
+    return _of_network(network, f"{name.partition(':')[2]} {path.name}", path, device)
+
+
+def _built(name: str) -> nn.Module:
+    """A network of the class MODULE:CLASS. Raises ValueError."""
     module, _, kind = name.partition(":")
+    if not module or not kind:
+        raise ValueError(
+            f"--metrics.network {name} must be MODULE:CLASS, the class of the weights' network "
+            f"(mypackage.networks:Features)"
+        )
     try:
         network = getattr(importlib.import_module(module), kind)()
-        network.load_state_dict(safetensors.torch.load_file(path))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--metrics.network {name} cannot be built: {error}") from None
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--metrics.weights {path} does not fit {name}: {reason}") from None
-    network = network.to(device).eval().requires_grad_(False)
-    return _of_network(network, f"{kind} {path.name}", _digest(path), device)
+    except ImportError as error:
+        raise ValueError(
+            f"--metrics.network {name}: {_short(error)}; the module must be importable, from the "
+            f"current folder or by PYTHONPATH"
+        ) from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--metrics.network {name} cannot be built: {_short(error)}") from None
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"--metrics.network {name} is no torch.nn.Module")
+    return network
 
 
-def _of_network(network: nn.Module, name: str, digest: str, device: torch.device) -> Extractor:
-    """A network that takes uint8 images (N, 3, H, W) of any size, tried out on one."""
+def _of_network(network: nn.Module, name: str, path: Path, device: torch.device) -> Extractor:
+    """A network that takes uint8 images (N, 3, H, W) of any size, tried out on one. Raises
+    ValueError where it gives no features (N, D); so does its forward."""
+    tried_NCHW = torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device)
+    with torch.no_grad():
+        size = _made(network, tried_NCHW, path)[0].shape[1]
 
     def forward(images_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        made = network(_channels(images_NCHW, 3))
-        features, logits = made if isinstance(made, tuple) else (made, None)
-        return features.flatten(1).float(), logits
+        features_ND, logits_NK = _made(network, _channels(images_NCHW, 3), path)
+        if features_ND.shape[1] != size:
+            raise ValueError(
+                f"--metrics.weights {path} must give features (N, D) of one width, but gave "
+                f"(N, {features_ND.shape[1]}) for images of {_sides(images_NCHW)} and (N, {size}) "
+                f"for {_sides(tried_NCHW)}"
+            )
+        return features_ND, logits_NK
 
-    with torch.no_grad():
-        features_ND, _ = forward(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device))
-    return Extractor(name, digest, features_ND.shape[1], "the network's own", forward)
+    return Extractor(name, _digest(path), size, "the network's own", forward)
+
+
+def _made(network: nn.Module, images_NCHW: Tensor, path: Path) -> tuple[Tensor, Tensor | None]:
+    """(features (N, D), logits (N, K) or None) of a user's network. Raises ValueError."""
+    try:
+        made = network(images_NCHW)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the user's own code, which may raise anything
+        raise ValueError(
+            f"--metrics.weights {path} must take uint8 images (N, 3, H, W), but fails on "
+            f"{_sides(images_NCHW)} pixels: {_short(error)}"
+        ) from None
+    pair = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    features, logits = pair
+    if not _is_flat(features, len(images_NCHW)):
+        given = _shape(features, len(images_NCHW))
+        raise ValueError(f"--metrics.weights {path} must give features (N, D), but gave {given}")
+    if logits is not None and not _is_flat(logits, len(images_NCHW)):
+        given = _shape(logits, len(images_NCHW))
+        raise ValueError(f"--metrics.weights {path} must give logits (N, K), but gave {given}")
+    return features.flatten(1).float(), logits
+
+
+def _is_flat(made: object, count: int) -> bool:
+    """Whether it is (N, D), or (N, D, 1, 1) as a pooling layer leaves it."""
+    if not isinstance(made, Tensor) or made.dim() < 2 or len(made) != count:
+        return False
+    return made.shape[2:].numel() == 1
+
+
+def _shape(made: object, count: int) -> str:
+    if not isinstance(made, Tensor):
+        return f"a {type(made).__name__}"
+    sizes = ["N" if i == 0 and n == count else str(n) for i, n in enumerate(made.shape)]
+    return f"({', '.join(sizes)})"
+
+
+def _sides(images_NCHW: Tensor) -> str:
+    return f"{images_NCHW.shape[3]} x {images_NCHW.shape[2]}"
+
+
+def _short(error: Exception) -> str:
+    """What a foreign error says in one line of at most 200 characters, without terminal codes."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if "TorchScript interpreter" in lines[0]:
+        lines = lines[-1:]  # a traceback, of which the last line is the reason
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return first if len(first) <= 200 else f"{first[:197]}..."
 
 
 def of_classifier(network: classifier.Classifier, about: dict) -> Extractor:

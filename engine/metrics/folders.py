@@ -12,9 +12,9 @@ from PIL import Image
 
 from engine.metrics.distances import figures
 from engine.metrics.evaluator import BATCH, Evaluation, check_count
-from engine.metrics.extractor import Extractor, open_extractor
+from engine.metrics.extractor import Extractor, open_extractor, takes_classifier
 from engine.metrics.images import decode
-from engine.metrics.pairs import Pairs
+from engine.metrics.pairs import PSNR_CAP, Pairs
 from engine.metrics.protocol import Protocol
 from engine.metrics.statistics import Accumulator, FeatureSet
 from engine.parallel import Ranks
@@ -43,6 +43,7 @@ class Folders:
         """Distances between the two sets. Raises ValueError naming a flag or a file."""
         began = time.monotonic()
         real, fake = self._open()
+        self._check_labels(settings, real[1])
         labelled = self.classifier_data or Data(name="folder", path=self.real)
         extractor = open_extractor(settings, labelled, device, say)
         features = [_features(data, dataset, extractor, device) for data, dataset in (real, fake)]
@@ -62,9 +63,20 @@ class Folders:
             goal_NCHW, _ = decode(real, real_data, part[:, 0])
             pairs.add(made_NCHW.to(device), goal_NCHW.to(device))
         values = {name: total / pairs.count for name, total in pairs.sums.items()}
-        nothing = Extractor("pairs of images", "", 0, "none", lambda images: (images, None))
+        name = f"pairs of images (psnr at most {PSNR_CAP:g} dB)"
+        nothing = Extractor(name, "none", 0, "none", lambda images: (images, None))
         protocol = self._protocol(nothing, real, [pairs, pairs])
         return Evaluation(values, protocol, time.monotonic() - began)
+
+    def _check_labels(self, settings: Metrics, real: Dataset) -> None:
+        """Raise ValueError where the classifier would have to learn from images without classes."""
+        if self.classifier_data or not takes_classifier(settings) or len(real.classes) > 1:
+            return
+        raise ValueError(
+            f"--real {self.real} has no folders by class to train a classifier on: give "
+            f"--data.name DATASET (the classifier of that dataset), --metrics.weights FILE, or "
+            f"--metrics.extractor inception to fetch Inception"
+        )
 
     def _open(self) -> list[tuple[Data, Dataset]]:
         sets = {flag: _images(path, flag) for flag, path in self._named()}
@@ -154,10 +166,11 @@ def _pairs(real: FileSet, fake: FileSet) -> np.ndarray:
         {Path(os.fsdecode(bytes(n))).with_suffix(""): i for i, n in enumerate(files.names)}
         for files in (real, fake)
     ]
-    if odd := sorted(map(str, names[0].keys() ^ names[1].keys())):
+    if odd := sorted(names[0].keys() ^ names[1].keys()):
+        flag, folder = ("--fake", fake) if odd[0] in names[0] else ("--real", real)
         raise ValueError(
             f"--paired needs an image of the same name in both folders; {len(odd):,} are alone, "
-            f"the first is {odd[0]}"
+            f"the first is {odd[0]}, which is missing in {flag} {folder.folder}"
         )
     return np.array([(row, names[1][name]) for name, row in names[0].items()])
 
@@ -165,7 +178,7 @@ def _pairs(real: FileSet, fake: FileSet) -> np.ndarray:
 def _features(
     data: Data, dataset: Dataset, extractor: Extractor, device: torch.device
 ) -> FeatureSet:
-    taken = Accumulator(extractor.size, device)
+    taken = Accumulator(extractor.size, device, extractor.name)
     rows = np.arange(len(dataset))
     with torch.no_grad():
         for part in np.array_split(rows, max(1, len(rows) // BATCH)):

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+PSNR_CAP = 100.0
+"""dB that a pair counts at most. Equal images have infinity by the formula: a mean with it says
+nothing of the other pairs, and JSON has none. One value off by one is 83 dB at 32 x 32 x 3."""
 SSIM_WINDOW = 11  # Wang et al. 2004, section III-C
 
 
@@ -39,7 +42,8 @@ class Pairs:
                 shape = (-1, 3, -1, -1)
                 value = metric(made_NCHW.expand(shape), goal_NCHW.expand(shape)) * len(made_NCHW)
             else:
-                value = metric(made_NCHW, goal_NCHW).sum()
+                value_N = metric(made_NCHW, goal_NCHW)
+                value = (value_N.clamp(max=PSNR_CAP) if name == "psnr" else value_N).sum()
             self.sums[name] += float(value)
             metric.reset()
         self.count += len(made_NCHW)

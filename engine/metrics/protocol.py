@@ -2,7 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Container
 from dataclasses import asdict, dataclass
+
+HELD_OUT = ("elbo", "reconstruction", "kl", "bits_per_dim", "psnr", "ssim", "lpips")
+"""Figures of `engine.metrics.held_out`, which have images of their own."""
+HELD_OUT_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,17 @@ class Protocol:
     def digest(self) -> str:
         """A short name of the protocol."""
         return hashlib.sha256(json.dumps(self.values(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def held_out_words(names: Container[str]) -> str:
+    """What the protocol does not say of those figures that are not of samples; else empty."""
+    there = [name for name in HELD_OUT if name in names]
+    if not there:
+        return ""
+    return (
+        f"{', '.join(there)} (likelihood and reconstruction): means over held-out images, at most "
+        f"{HELD_OUT_IMAGES:,} of the test split in a fixed order"
+    )
 
 
 def differences(protocols: dict[str, Protocol]) -> list[str]:

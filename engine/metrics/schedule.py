@@ -25,11 +25,13 @@ class Schedule:
     def __init__(self, session: Session, folder: Path, say: Callable[[str], None]) -> None:
         """Open extractor and real images. Raises ValueError naming a setting."""
         self.folder, self.improved, self._say = folder, False, say
+        began = time.monotonic()
         self._evaluator = Evaluator(session.recipe, session.ranks, say)
         best = read_best(folder / "checkpoints") if session.ranks.rank == 0 else None
         self._best = session.ranks.share(best)
         self._pending: dict | None = None
         self._seconds, self._began = 0.0, time.monotonic()
+        self._prepared = self._began - began  # the classifier may be trained here, once
         if session.ranks.rank == 0:
             forget_after(folder / "metrics.jsonl", session.clock.images)
 
@@ -43,9 +45,21 @@ class Schedule:
         self._rank(images, evaluation)
         if session.ranks.rank == 0:
             self._append(images, evaluation)
-        share = self._seconds / max(time.monotonic() - self._began, 1e-9)
         values = {f"metric/{name}": value for name, value in evaluation.figures.items()}
-        return values | {"time/metrics_share": share}
+        return values | {"time/metrics_share": self._share()}
+
+    def _share(self) -> float:
+        """Share of the wall time since it was opened."""
+        return self._seconds / max(time.monotonic() - self._began, 1e-9)
+
+    def account(self) -> str:
+        """What measuring cost, in a line; empty where nothing was measured."""
+        if not self._seconds:
+            return ""
+        return (
+            f"metrics: {100 * self._share():.1f} % of the wall time "
+            f"({self._prepared:.1f} s to prepare them not counted)"
+        )
 
     def keep(self, checkpoints: Path) -> None:
         """Note that the checkpoint of this moment, now written, is the best. Rank 0's work."""

@@ -42,10 +42,11 @@ class FeatureSet:
 
 
 class Accumulator:
-    """Takes in one rank's contiguous share of the features and joins the ranks' shares."""
+    """Takes in one rank's contiguous share of the features and joins the ranks' shares. name: of
+    the extractor, for errors."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.count = 0
+    def __init__(self, size: int, device: torch.device, name: str = "the extractor") -> None:
+        self.count, self._name = 0, name
         self.sum_D = torch.zeros(size, dtype=torch.float64, device=device)
         self.outer_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._features: list[Tensor] = []
@@ -63,20 +64,27 @@ class Accumulator:
         self.count += len(features_ND)
 
     def join(self, ranks: Ranks) -> FeatureSet:
-        """The features of all ranks in the order of ranks, on every rank."""
+        """The features of all ranks in the order of ranks, on every rank. Raises ValueError, on
+        every rank, where one is not finite."""
         shares = ranks.gather(
             (self.count, self.sum_D.cpu(), self.outer_DD.cpu(), _cat(self._features))
         )
         logits = [x for x in ranks.gather(_cat(self._logits)) if x is not None]
         counts, sums, outers, features = zip(*shares, strict=True)
         kept_ND = torch.cat([x for x in features if x is not None])[:KEPT]
-        return FeatureSet(
-            sum(counts),
-            torch.stack(sums).sum(0),
-            torch.stack(outers).sum(0),
-            kept_ND,
-            torch.cat(logits) if logits else None,
-        )
+        sum_D, outer_DD = torch.stack(sums).sum(0), torch.stack(outers).sum(0)
+        logits_NK = torch.cat(logits) if logits else None
+        self._check_finite(sum_D, outer_DD, logits_NK)
+        return FeatureSet(sum(counts), sum_D, outer_DD, kept_ND, logits_NK)
+
+    def _check_finite(self, *parts: Tensor | None) -> None:
+        """The images are uint8, whatever a generator made: the extractor alone is to blame."""
+        if not all(x.isfinite().all() for x in parts if x is not None):
+            raise ValueError(
+                f"{self._name} gives features that are not finite (NaN or infinity) for some of "
+                f"the images: correct it, or take another extractor (--metrics.weights FILE, "
+                f"--metrics.extractor classifier)"
+            )
 
 
 def _cat(parts: list[Tensor]) -> Tensor | None:

@@ -61,7 +61,7 @@ function limits(shares, series, log) {
   if (log) return low === high ? [low / 2, high * 2] : [low, high];
   if (shares && low >= 0) return [0, Math.max(1, high)];
   if (low > 0 && low < .5 * high) low = 0;
-  if (low === high) return low ? [Math.min(0, 2 * low), Math.max(0, 2 * low)] : [-1, 1];
+  if (low === high) return low ? [Math.min(0, 2 * low), Math.max(0, 2 * low)] : [0, 1];
   const room = .04 * (high - low);
   return [low === 0 ? 0 : low - room, high + room];
 }

@@ -5,7 +5,7 @@ function runName(place) {
 }
 
 function overview(rows) {
-  const heads = ["run", "state", "images", "trained for", "images/s", "memory, GiB", "device", "torch"];
+  const heads = ["run", "state", "images", "trained for", "images/s, recent median", "peak memory, GiB", "device", "torch"];
   return el("section", {style: "margin-top: 0"},
     el("div", {class: "row"}, el("h1", {}, data.title), el("span", {class: "soft"}, written()),
       el("span", {class: "push"}, theme())),
@@ -22,7 +22,7 @@ function lasts(found) {
 
 function figures({tables, differ}) {
   if (!tables.length) return el("section", {}, heading("Quality"),
-    el("p", {class: "soft"}, "None of these runs has measured metrics."));
+    el("p", {class: "soft"}, "None of these runs has measured metrics while training."));
   const alone = tables.length > 1;
   const why = alone ? el("div", {class: "card"},
     el("p", {class: "warn"}, "These runs were measured by different protocols, so their figures do not ",

@@ -17,9 +17,16 @@ from engine.report.curves import (
     series_of,
 )
 from engine.report.embed import embed, sample_paths
-from engine.report.quality import by_protocol, differences, names, protocol_words, row
+from engine.report.quality import (
+    by_protocol,
+    differences,
+    evaluated_section,
+    names,
+    protocol_words,
+    row,
+)
 from engine.report.read import Evaluation, Json, Run, read_run
-from engine.report.sections import choice, duration, number_words, recent, settings_section
+from engine.report.sections import choice, duration, last, number_words, recent, settings_section
 
 Series = tuple[int, Points]  # which run, and its points
 Measured = tuple[int, Json, list[Evaluation]]  # which run, its last protocol and evaluations by it
@@ -46,6 +53,7 @@ def payload(run_dirs: list[Path]) -> Json:
         "names": run_names(runs),
         "overview": overview_section(runs),
         "lasts": last_samples(runs, notes),
+        "evaluated": evaluated_section(runs),
         "figures": figures_section(groups),
         "overlays": overlays_section(runs, groups),
         "differing": differing_section(runs),
@@ -61,7 +69,7 @@ def run_names(runs: list[Run]) -> list[str]:
         counts = Counter(named)
         if counts.total() == len(counts):
             return named
-        longer = ["/".join(folder.parts[-depth:]) for folder in folders]
+        longer = [str(Path(*folder.parts[-depth:])) for folder in folders]
         named = [
             long if counts[name] > 1 else name for name, long in zip(named, longer, strict=True)
         ]
@@ -72,7 +80,7 @@ def overview_section(runs: list[Run]) -> list[list[str]]:
     """A row per run: state, images, time, throughput, memory, device, versions."""
     rows = []
     for run in runs:
-        speed, memory = (recent(run.stats, key) for key in ("speed/images_per_s", "memory/gib"))
+        speed, memory = recent(run.stats, "speed/images_per_s"), last(run.stats, "memory/gib")
         torch = run.part("provenance").get("versions")
         rows.append(
             [
@@ -117,7 +125,8 @@ def figures_section(groups: list[list[Measured]]) -> Json:
         wanted = dict.fromkeys(name for _, _, evaluations in group for name in names(evaluations))
         rows = [figure_row(name, group) for name in wanted]
         runs = [place for place, _, _ in group]
-        tables.append({"runs": runs, "words": protocol_words(group[0][1]), "rows": rows})
+        words = protocol_words(group[0][1], list(wanted))
+        tables.append({"runs": runs, "words": words, "rows": rows})
     differ = differences([group[0][1] for group in groups])
     return {"tables": tables, "differ": [[key, *values] for key, values in differ.items()]}
 
@@ -183,7 +192,6 @@ def overlay(key: str, series: list[Series], alone: bool, suffix: str = "") -> Js
     curves = [{"key": key, "run": at} | curve(points, group) for at, points in series]
     return chart(group) | {
         "title": title + suffix,
-        "note": "",
         "order": place(group.title),
         "series": curves,
     }

@@ -9,6 +9,13 @@ from engine.report.read import Json, Stats
 
 MAX_POINTS = 1500
 """Points of a curve: about the pixels of a wide chart."""
+NOTES = {
+    "monitor/diversity": "Diversity: distance of samples from each other; near 0 they are all "
+    "alike.",
+    "monitor/neighbour_distance": "Neighbour distance: from samples to their nearest training "
+    "images; far below 1 they are copies.",
+}
+"""What a curve means, under the chart that holds it."""
 LABELS = {"discriminator/real": "D(x)", "discriminator/fake": "D(G(z))"}
 
 Points = list[tuple[int, float]]
@@ -22,7 +29,6 @@ class Group(NamedTuple):
     smooth: bool
     prefix: str
     suffix: str
-    note: str = ""
 
 
 LOWER = ("fid", "kid", "lpips", "bits_per_dim", "reconstruction")
@@ -53,15 +59,7 @@ GROUPS = (
     Group("Discriminator outputs", "sigmoid", True, "discriminator/fake", ""),
     Group("Gradient norms", "L2", True, "", "/grad_norm"),
     Group("Learning rates", "", False, "", "/lr"),
-    Group(
-        "Collapse and memorisation",
-        "1 = like real images",
-        False,
-        "monitor/",
-        "",
-        "Diversity: distance of samples from each other; near 0 they are all alike. Neighbour "
-        "distance: from samples to their nearest training images; far below 1 they are copies.",
-    ),
+    Group("Collapse and memorisation", "1 = like real images", False, "monitor/", ""),
     Group("Held-out images", "mean per image", False, "test/", ""),
     Group("Throughput", "images/s", False, "speed/", ""),
     Group("Time shares", "%", True, "time/", "_share"),
@@ -103,9 +101,9 @@ def charts_of(series: Iterable[tuple[str, Points]]) -> list[Json]:
     charts: dict[str, Json] = {}
     for key, points in series:
         group = group_of(key)
-        charts.setdefault(group.title, chart(group))["series"].append(
-            {"key": key, "label": label_of(key, group)} | curve(points, group)
-        )
+        one = charts.setdefault(group.title, chart(group))
+        one["series"].append({"key": key, "label": label_of(key, group)} | curve(points, group))
+        one["note"] = f"{one['note']} {NOTES.get(key, '')}".strip()
     return sorted(charts.values(), key=lambda chart: place(chart["title"]))
 
 
@@ -121,7 +119,7 @@ def chart(group: Group) -> Json:
         "title": group.title,
         "unit": group.unit,
         "smooth": group.smooth,
-        "note": group.note,
+        "note": "",
         "series": [],
     }
 

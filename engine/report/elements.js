@@ -63,6 +63,19 @@ function grid(heads, rows) {
     el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map(cell("td")))))));
 }
 
+/** What engine.evaluate measured: a table per protocol, a row per run and checkpoint. */
+function evaluated(tables) {
+  if (!tables.length) return null;
+  const name = (place) => data.kind === "run" ? data.run : runName(place);
+  const cards = tables.map(({heads, rows, words}) => el("div", {class: "card"},
+    grid(["run", "checkpoint", ...heads.map((head) => figureName(...head))],
+      rows.map(([place, images, digest, values]) => [name(place),
+        [`${whole(images)} images`, el("div", {class: "soft"}, digest)], ...values.map((cell) => cell.map(show))])),
+    el("p", {class: "soft"}, "Protocol: ", words, ".")));
+  const apart = tables.length > 1 ? "one table per protocol; their figures do not compare" : "after training";
+  return el("section", {}, heading("Measured by engine.evaluate", apart), ...cards);
+}
+
 function events(list) {
   if (!list.length) return null;
   const tone = {warning: "warn", note: "warn", rollback: "warn", nan: "bad", finish: "good"};

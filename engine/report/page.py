@@ -12,15 +12,20 @@ HERE = Path(__file__).parent
 SCRIPTS = ("elements.js", "chart.js", "pictures.js", "run.js", "comparison.js", "draw.js")
 
 
-def write(run_dir: Path, out: Path | None = None) -> None:
+def write(run_dir: Path, out: Path | None = None) -> list[str]:
     """Rebuild run_dir/report.html, or write the page elsewhere; a reader sees the old page or the
-    new one, never half."""
-    write_whole(out or run_dir / "report.html", page(sections.payload(run_dir)))
+    new one, never half. Gives the notes on what could not be read."""
+    return _write(out or run_dir / "report.html", sections.payload(run_dir))
 
 
-def write_comparison(run_dirs: list[Path], out: Path) -> None:
-    """Write one page that compares runs."""
-    write_whole(out, page(comparison.payload(run_dirs)))
+def write_comparison(run_dirs: list[Path], out: Path) -> list[str]:
+    """Write one page that compares runs. Gives the notes on what could not be read."""
+    return _write(out, comparison.payload(run_dirs))
+
+
+def _write(out: Path, data: Json) -> list[str]:
+    write_whole(out, page(data))
+    return [e["text"] for e in data["events"] if e["kind"] == "note" and e["images"] is None]
 
 
 def page(data: Json) -> bytes:

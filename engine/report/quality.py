@@ -1,9 +1,11 @@
 """How good are the samples? Figures in tables, each with the protocol that measured it."""
 
+import json
 import math
 from itertools import pairwise
 from typing import Any
 
+from engine.metrics.protocol import held_out_words
 from engine.report.curves import HIGHER, LOWER, better, figure_name, metric_charts, shown
 from engine.report.read import Evaluation, Json, Run
 
@@ -14,7 +16,7 @@ def quality_section(run: Run) -> Json | None:
     """Tables of figures, the newest protocol first, their curves, and the best checkpoint."""
     tables = [
         {
-            "words": protocol_words(protocol),
+            "words": protocol_words(protocol, names(evaluations)),
             "rows": [row(name, evaluations) for name in names(evaluations)],
             "span": [evaluations[0].images, evaluations[-1].images, len(evaluations)],
         }
@@ -29,6 +31,33 @@ def quality_section(run: Run) -> Json | None:
         "value": shown(run.best["value"]),
     }
     return {"tables": tables, "charts": charts, "best": best or None}
+
+
+def evaluated_section(runs: list[Run]) -> list[Json]:
+    """What `engine.evaluate` measured: a table per protocol with a row per run and checkpoint; the
+    protocols of the most runs first, then the newest."""
+    groups: dict[str, list[tuple[int, Evaluation]]] = {}
+    for place, run in enumerate(runs):
+        for one in reversed(run.evaluated):
+            key = json.dumps(one.protocol, sort_keys=True)
+            groups.setdefault(key, []).append((place, one))
+    tables = []
+    for group in groups.values():
+        group.sort(key=lambda row: (row[0], row[1].images))
+        every = names([one for _, one in group])
+        rows = [
+            [place, one.images, one.checkpoint[:12], [_cell(one, name) for name in every]]
+            for place, one in group
+        ]
+        heads = [[figure_name(name), better(name)] for name in every]
+        words = protocol_words(group[0][1].protocol, every)
+        tables.append({"heads": heads, "rows": rows, "words": words})
+    return sorted(tables, key=lambda table: -len({row[0] for row in table["rows"]}))
+
+
+def _cell(one: Evaluation, name: str) -> list[float | None]:
+    """[value], [null] where it was not finite, [] where it was not measured."""
+    return [shown(one.figures[name])] if name in one.figures else []
 
 
 def by_protocol(evaluations: list[Evaluation]) -> list[tuple[Json, list[Evaluation]]]:
@@ -65,8 +94,8 @@ def row(name: str, evaluations: list[Evaluation]) -> Json:
     }
 
 
-def protocol_words(protocol: Json) -> str:
-    """A protocol in words."""
+def protocol_words(protocol: Json, figures: list[str]) -> str:
+    """A protocol in words, with what it leaves unsaid of these figures."""
     if not protocol:
         return "measured with no stated protocol: compare it with nothing"
     parts = []
@@ -84,7 +113,8 @@ def protocol_words(protocol: Json) -> str:
     left = [] if "real" in protocol else ["split"]
     rest = [key for key in protocol if key not in SAID or key in left]
     parts += [f"{key.replace('_', ' ')} {_words(protocol[key])}" for key in rest]
-    return ", ".join(parts)
+    apart = held_out_words(figures)
+    return ", ".join(parts) + (f". Apart from these, {apart}" if apart else "")
 
 
 def protocol_changes(evaluations: list[Evaluation]) -> list[tuple[int, str]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
+EVALUATED = "evaluation.json"
+LEFT_OUT = "could not be read: left out"
 
 BACKWARDS = ("start", "resume", "rollback")
 """Events after which the run goes on from their number of images; what came later is undone."""
@@ -36,21 +38,29 @@ class Stats:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One line of metrics.jsonl: figures and what they were measured with."""
+    """One line of metrics.jsonl, or entry of evaluation.json: figures and what they were measured
+    with. checkpoint: its SHA-256, where it is known."""
 
     images: int
     figures: dict[str, float]
     protocol: Json
+    checkpoint: str = ""
+
+
+class Unreadable(Exception):
+    """A file without which there is nothing to show is damaged."""
 
 
 @dataclass
 class Run:
-    """A run directory as read. best: the best checkpoint (images, metric, value), or empty."""
+    """A run directory as read. evaluations: those of training. evaluated: what `engine.evaluate`
+    measured, oldest first. best: the best checkpoint (images, metric, value), or empty."""
 
     folder: Path
     recipe: Json
     stats: Stats
     evaluations: list[Evaluation]
+    evaluated: list[Evaluation]
     best: Json
     notes: list[str]
 
@@ -67,14 +77,40 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Everything but the pictures."""
-    recipe, notes = _read_recipe(folder / "recipe.json")
+    recipe, notes = read_recipe(folder / "recipe.json")
     stats = read_stats(folder / "stats.jsonl")
     evaluations, torn = _read_metrics(folder / "metrics.jsonl", stats)
     best = _read_best(folder / "checkpoints" / "best.json")
-    return Run(folder, recipe, stats, evaluations, best, [*stats.notes, *torn, *notes])
+    entries, problems = read_evaluated(folder)
+    evaluated = [
+        Evaluation(e["images"], _numbers(e["figures"]), e["protocol"], str(e.get("checkpoint", "")))
+        for e in entries
+    ]
+    notes = [*stats.notes, *torn, *problems, *notes]
+    return Run(folder, recipe, stats, evaluations, evaluated, best, notes)
 
 
-def _read_recipe(path: Path) -> tuple[Json, list[str]]:
+def read_evaluated(folder: Path) -> tuple[list[Json], list[str]]:
+    """The entries of a run's evaluation.json, oldest first, and notes on what cannot be read."""
+    try:
+        found = json.loads((folder / EVALUATED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [], []
+    except (OSError, ValueError) as error:
+        return [], [f"{EVALUATED} could not be read: {error}"]
+    if not isinstance(found, list):
+        return [], [f"{EVALUATED} holds no list of evaluations"]
+    kinds = {"images": int, "figures": dict, "protocol": dict}
+    whole = [
+        entry
+        for entry in found
+        if isinstance(entry, dict) and all(isinstance(entry.get(k), kinds[k]) for k in kinds)
+    ]
+    odd = len(found) - len(whole)
+    return whole, [f"{counted(odd, 'entry', 'entries')} of {EVALUATED} {LEFT_OUT}"] * bool(odd)
+
+
+def read_recipe(path: Path) -> tuple[Json, list[str]]:
     """recipe.json, and a note where it cannot be read."""
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
@@ -149,7 +185,12 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Json]]:
         yield images, line
     being_written = not content.endswith(b"\n")
     if torn > being_written:
-        notes.append(f"{torn} lines of {path.name} could not be read and are left out")
+        notes.append(f"{counted(torn, 'line', 'lines')} of {path.name} {LEFT_OUT}")
+
+
+def counted(count: int, one: str, several: str) -> str:
+    """A number of things in words."""
+    return f"{count:,} {one if count == 1 else several}"
 
 
 def _numbers(values: Json) -> dict[str, float]:

@@ -1,6 +1,6 @@
 // The page of one run.
 
-function summary({finished, tiles}) {
+function summary({finished, tiles, words}) {
   // The address keeps the choice: a page opened from a file has no storage of its own everywhere.
   const live = el("input", {type: "checkbox", change: () => { location.hash = live.checked ? "live" : ""; }});
   live.checked = location.hash === "#live";
@@ -12,7 +12,8 @@ function summary({finished, tiles}) {
       el("span", {class: "row push"},
         finished ? null : el("label", {class: "soft"}, live, " reload every 30 s"), theme())),
     el("div", {class: "tiles"}, ...tiles.map(([label, value, unit]) => el("div", {class: "card"},
-      el("small", {}, unit ? `${label}, ${unit}` : label), el("b", {class: value.length > 16 ? "long" : null}, value)))));
+      el("small", {}, unit ? `${label}, ${unit}` : label), el("b", {class: value.length > 16 ? "long" : null}, value)))),
+    words ? el("p", {class: "soft"}, words) : null);
 }
 
 function figureCell(value) {
@@ -25,7 +26,7 @@ function figureName(name, better) {
 
 function quality(found) {
   if (!found) return el("section", {}, heading("Quality"), el("p", {class: "soft"},
-    "No metrics were measured: --metrics.every-kimg 50 measures every 50,000 images while training."));
+    "No metrics were measured while training: --metrics.every-kimg 50 measures every 50,000 images while training."));
   const {tables, charts, best} = found;
   const cards = tables.map(({words, rows, span: [first, last, count]}, place) => el("div", {class: "card"},
     el("div", {class: "row"}, el("h3", {}, place ? "By an earlier protocol" : "Figures"),

@@ -9,15 +9,16 @@ from typing import Any
 
 from engine.report.curves import curves_section, shown
 from engine.report.embed import embed, film
-from engine.report.quality import protocol_changes, quality_section
+from engine.report.quality import evaluated_section, protocol_changes, quality_section
 from engine.report.read import Json, Run, Stats, read_run
 
 TILES = (
     ("speed/images_per_s", "throughput", "images/s"),
-    ("time/data_share", "waiting for data", "%"),
-    ("memory/gib", "memory", "GiB"),
+    ("time/data_share", "waiting for data", "% of the time"),
+    ("memory/gib", "peak memory so far", "GiB"),
 )
-"""Figures at the top of the page, medians of the last 20 log lines: key, label, unit."""
+"""Figures at the top of the page: key, label, unit."""
+MEDIANS = "Throughput and waiting for data are medians of the last 20 log lines."
 
 NEIGHBOURS = (
     "Each row: a sample, then the training images nearest to it (Euclidean distance of pixels, at "
@@ -63,6 +64,7 @@ def payload(run_dir: Path) -> Json:
         "events": events_section(run, notes),
         "samples": samples,
         "quality": quality_section(run),
+        "evaluated": evaluated_section([run]),
         "plates": plates,
         "curves": curves_section(run.stats),
         "settings": settings_section(run),
@@ -95,14 +97,19 @@ def summary_section(run: Run) -> Json:
     tiles = [("images seen", f"{run.stats.images:,}", "")]
     if run.stats.seconds:
         tiles.append(("trained for", duration(run.stats.seconds), ""))
-    tiles += [
-        (label, number_words(value * (100 if unit == "%" else 1)), unit)
+    figures = [
+        (label, number_words(value * (100 if unit.startswith("%") else 1)), unit)
         for key, label, unit in TILES
-        if (value := recent(run.stats, key)) is not None
+        if (value := (last if key == "memory/gib" else recent)(run.stats, key)) is not None
     ]
+    tiles += figures
     chosen = run.part("resolved")
     tiles += [(key, choice(chosen[key])[0], "") for key in ("device", "precision") if key in chosen]
-    return {"finished": run.stats.finished, "tiles": tiles}
+    return {
+        "finished": run.stats.finished,
+        "tiles": tiles,
+        "words": MEDIANS if figures else "",
+    }
 
 
 def recent(stats: Stats, key: str) -> float | None:
