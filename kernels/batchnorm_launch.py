@@ -115,8 +115,10 @@ def like(gradient: Tensor, saved: Tensor) -> Tensor:
 
 
 def pair(weight: Tensor | None, bias: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift, or any tensor in the place of those that are not there."""
-    return (other, other) if weight is None or bias is None else (weight, bias)
+    """Scale and shift in a row, or any tensor in the place of those that are not there."""
+    if weight is None or bias is None:
+        return other, other
+    return weight.contiguous(), bias.contiguous()
 
 
 def launch(kernel: Callable, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

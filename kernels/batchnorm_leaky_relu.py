@@ -43,18 +43,19 @@ def batchnorm_leaky_relu(
     Raises ValueError as torch's batch_norm does for one value per channel in training, and for
     a slope or a `save` that cannot be; RuntimeError for integers and for sizes that differ.
     """
-    check(x, weight, bias, slope, save)
+    check(x, weight, bias, running_mean, running_var, slope, save)
     tensors = [t for t in (weight, bias) if t is not None]
     weight, bias = both(weight, bias)
     fused = x.numel() and dispatch.serves(NAME, x, *tensors)
     if not fused or (not training and running_mean is None):
         return reference(x, weight, bias, running_mean, running_var, training, momentum, eps, slope)
     if not training:
-        stats = torch.stack([running_mean, (running_var + eps).rsqrt(), running_var]).float()
+        mean, variance = running_mean.float(), running_var.float()
+        stats = torch.stack([mean, (variance + eps).rsqrt(), variance])
         return _call(x, weight, bias, stats, eps, slope, save == "output", True)[0]
     count = x.numel() // x.shape[1]
     if count <= 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got {x.shape}")
+        raise ValueError(one_value(x))
     y, stats = _call(x, weight, bias, None, eps, slope, save == "output", False)
     if running_mean is not None:
         track(running_mean, running_var, stats, count, momentum)
@@ -70,7 +71,15 @@ def reference(
     return z if slope == 1 else F.leaky_relu_(z, slope)
 
 
-def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float, save: str) -> None:
+def one_value(x: Tensor) -> str:
+    """What torch says where a channel has no spread."""
+    return f"Expected more than 1 value per channel when training, got input size {x.shape}"
+
+
+def check(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, slope: float, save: str = "input",
+) -> None:  # fmt: skip
     """Raise what nn.BatchNorm would, as clearly."""
     if not x.is_floating_point():
         raise RuntimeError(f"batchnorm_leaky_relu needs a floating-point input, not {x.dtype}")
@@ -80,10 +89,14 @@ def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float, s
         raise ValueError(f"slope {slope} must be between 0 and 1")
     if save not in ("input", "output") or (save == "output" and slope == 0):
         raise ValueError(f"save={save!r}: give 'input', or 'output' with a slope above 0")
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("give both running_mean and running_var, or neither")
+    given = {"weight": weight, "bias": bias}
+    given |= {"running_mean": running_mean, "running_var": running_var}
+    for name, tensor in given.items():
         if tensor is not None and tensor.shape != x.shape[1:2]:
-            shape = tuple(tensor.shape)
-            raise RuntimeError(f"{name} has shape {shape}, but the input {x.shape[1]} channels")
+            count = tensor.numel()
+            raise RuntimeError(f"{name} should contain {x.shape[1]} elements not {count}")
 
 
 def both(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -112,7 +125,8 @@ def _call(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     x = dense(x)
     if torch.compiler.is_compiling():
         return forward_op(x, *rest)
-    return _Function.apply(x, *rest)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return _Function.apply(x, *rest)
 
 
 def _forward(
@@ -169,19 +183,20 @@ def backward_reference(
 def second_order(
     ctx: Any, ddx: Tensor | None, ddgradients: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `_backward` with respect to its tensors, by differentiating its reference."""
+    """Gradients of `_backward` with respect to its tensors, by differentiating its reference; they
+    have gradients themselves."""
     dy, x, weight, bias, stats = ctx.saved_tensors
     if ctx.output:
         raise NotImplementedError("save='output' has no second derivative; use save='input'")
     given = [dy, x, *(t for t in (weight, bias) if t is not None)]
-    with torch.enable_grad():
-        given = [t.detach().requires_grad_() for t in given]
-        affine = given[2:] or (None, None)
-        outs = backward_reference(*given[:2], *affine, stats, ctx.eps, ctx.slope, ctx.fixed)
-    pairs = [(o, d) for o, d in zip(outs, (ddx, ddgradients), strict=True) if d is not None]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs], given, [d for _, d in pairs], allow_unused=True
-    )
+
+    def gradient(dy: Tensor, x: Tensor, *affine: Tensor) -> tuple[Tensor, Tensor]:
+        pair = affine or (None, None)
+        return backward_reference(dy, x, *pair, stats, ctx.eps, ctx.slope, ctx.fixed)
+
+    outs, pull = torch.func.vjp(gradient, *given)
+    pairs = zip(outs, (ddx, ddgradients), strict=True)
+    found = pull(tuple(torch.zeros_like(o) if d is None else d for o, d in pairs))
     affine = found[2:] or (None, None)
     return (*found[:2], *affine, None, None, None, None, None)
 

@@ -16,8 +16,9 @@ from kernels.batchnorm_sync import sync_batchnorm_leaky_relu, sync_reference
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class BatchNormLeakyReLU(nn.modules.batchnorm._BatchNorm):
-    """LeakyReLU of BatchNorm for inputs (N, C) to (N, C, D, H, W).
+class BatchNormLeakyReLU(nn.modules.batchnorm._NormBase):
+    """LeakyReLU of BatchNorm for inputs (N, C) to (N, C, D, H, W). No subclass of _BatchNorm, which
+    nn.SyncBatchNorm.convert_sync_batchnorm would replace, activation and all: see `synchronise`.
 
     slope: of the activation; 0 is ReLU, 1 is none. save: see `batchnorm_leaky_relu`.
     synchronised: statistics in training are those of all ranks. The other arguments and the state
@@ -74,22 +75,30 @@ class BatchNormLeakyReLU(nn.modules.batchnorm._BatchNorm):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, slope={self.slope}"
+        own = f"slope={self.slope}, save={self.save!r}, synchronised={self.synchronised}"
+        return f"{super().extra_repr()}, {own}"
 
 
 def fuse(network: nn.Module) -> nn.Module:
     """The network with BatchNorm and the ReLU or LeakyReLU after it made one module, wherever a
-    Sequential has them in a row; nn.Identity takes the activation's place, so keys stay."""
+    Sequential has them in a row, without hooks; nn.Identity takes the activation's place, so keys
+    stay."""
     for child in network.children():
         fuse(child)
-    if isinstance(network, nn.Sequential):
+    if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward:
         names = list(network._modules)
         for name, after in pairwise(names):
             norm, slope = network._modules[name], _slope(network._modules[after])
-            if type(norm) in NORMS and slope is not None:
+            hooked = _hooked(norm) or _hooked(network._modules[after])
+            if type(norm) in NORMS and slope is not None and not hooked:
                 network._modules[name] = BatchNormLeakyReLU.of(norm, slope)
                 network._modules[after] = nn.Identity()
     return network
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any(hooks) or bool(module._backward_pre_hooks)
 
 
 def _slope(module: nn.Module | None) -> float | None:

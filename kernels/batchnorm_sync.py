@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.batchnorm_leaky_relu import both, check
+from kernels.batchnorm_leaky_relu import both, check, one_value
+from kernels.dispatch import wide
 
 NAME = "sync_batchnorm_leaky_relu"
 
@@ -28,10 +29,15 @@ def sync_batchnorm_leaky_relu(
     The gradients of weight and bias are this rank's share, as DDP expects them. Raises what
     `batchnorm_leaky_relu` does, but for one value per channel, which no rank alone can know.
     """
-    check(x, weight, bias, slope, "input")
-    fused = dispatch.serves(NAME, x, *(t for t in (weight, bias) if t is not None))
+    check(x, weight, bias, running_mean, running_var, slope)
+    if dist.get_world_size() == 1 and x.numel() == x.shape[1]:
+        raise ValueError(one_value(x))
+    fused = x.numel() > 0 and dispatch.serves(
+        NAME, x, *(t for t in (weight, bias) if t is not None)
+    )
     weight, bias = both(weight, bias)
-    y, moments = _Sync.apply(x, weight, bias, eps, slope, fused)
+    with torch.cuda.device_of(x):
+        y, moments = _Sync.apply(x, weight, bias, eps, slope, fused)
     _track(running_mean, running_var, moments, momentum)
     return y
 
@@ -42,11 +48,11 @@ def sync_reference(
 ) -> Tensor:  # fmt: skip
     """The same by sums over ranks, with derivatives of every order."""
     axes, shape = _axes(x)
-    wide = x if x.dtype.itemsize > 4 else x.float()
-    count = torch.full((), wide.numel() // wide.shape[1], dtype=wide.dtype, device=x.device)
+    dtype, x = x.dtype, wide(x)
+    count = torch.full((), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
     count = SumOverRanks.apply(count)
-    mean_C = SumOverRanks.apply(wide.sum(axes)) / count
-    centred = wide - mean_C.view(shape)
+    mean_C = SumOverRanks.apply(x.sum(axes)) / count
+    centred = x - mean_C.view(shape)
     m2_C = SumOverRanks.apply(centred.square().sum(axes))
     z = centred * (m2_C / count + eps).rsqrt().view(shape)
     weight, bias = both(weight, bias)
@@ -55,7 +61,7 @@ def sync_reference(
     _track(
         running_mean, running_var, torch.stack([count.expand_as(mean_C), mean_C, m2_C]), momentum
     )
-    return torch.where(z > 0, z, z * slope).to(x.dtype)
+    return torch.where(z > 0, z, z * slope).to(dtype)
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -96,7 +102,7 @@ class _Sync(torch.autograd.Function):
             stats = torch.stack([moments[1], (moments[2] / moments[0] + eps).rsqrt()])
             z = _scaled(_normalised(x, stats), weight, bias, x.ndim)
             y = torch.where(z > 0, z, z * slope).to(x.dtype)
-        ctx.save_for_backward(x, weight, bias, stats, moments[0, 0])
+        ctx.save_for_backward(x, weight, bias, stats, moments[0, 0].clone())
         ctx.slope, ctx.fused = slope, fused
         ctx.mark_non_differentiable(moments)
         return y, moments
@@ -129,7 +135,8 @@ def _fused_backward(dy, x, weight, bias, stats, count, slope):  # noqa: ANN001
 def _plain_backward(dy, x, weight, bias, stats, count, slope):  # noqa: ANN001
     axes, shape = _axes(x)
     xhat = _normalised(x, stats)
-    dz = torch.where(_scaled(xhat, weight, bias, x.ndim) > 0, dy, dy * slope).float()
+    dy = wide(dy)
+    dz = torch.where(_scaled(xhat, weight, bias, x.ndim) > 0, dy, dy * slope)
     own = torch.stack([dz.sum(axes), (dz * xhat).sum(axes)])
     total = own.clone()
     dist.all_reduce(total)
@@ -145,7 +152,7 @@ def _axes(x: Tensor) -> tuple[list[int], list[int]]:
 
 def _normalised(x: Tensor, stats: Tensor) -> Tensor:
     _, shape = _axes(x)
-    return (x.float() - stats[0].view(shape)) * stats[1].view(shape)
+    return (wide(x) - stats[0].view(shape)) * stats[1].view(shape)
 
 
 def _scaled(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, ndim: int) -> Tensor:
@@ -162,10 +169,12 @@ def _moments(x: Tensor, fused: bool) -> Tensor:
 
         return merge(partial_statistics(dense(x)))
     axes, shape = _axes(x)
-    wide = x.float()
-    mean_C = wide.mean(axes)
-    m2_C = (wide - mean_C.view(shape)).square().sum(axes)
-    return torch.stack([torch.full_like(mean_C, wide.numel() // wide.shape[1]), mean_C, m2_C])
+    x = wide(x)
+    if not x.numel():  # a rank without images takes part with a count of 0
+        return x.new_zeros((3, x.shape[1]))
+    mean_C = x.mean(axes)
+    m2_C = (x - mean_C.view(shape)).square().sum(axes)
+    return torch.stack([torch.full_like(mean_C, x.numel() // x.shape[1]), mean_C, m2_C])
 
 
 def merge(parts: Tensor) -> Tensor:

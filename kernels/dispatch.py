@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class Choice:
 def use(setting: Setting) -> None:
     """Which implementations this process takes: fused (the default of the library) wherever there
     is one, auto only where a bench has shown a gain, reference never."""
+    if setting not in get_args(Setting):
+        raise ValueError(f"kernels={setting!r} must be one of {', '.join(get_args(Setting))}")
     global _setting
     _setting = setting
 
@@ -61,7 +63,7 @@ def using(setting: Setting) -> Iterator[None]:
 def choose(op: str, device: torch.device) -> Choice:
     """What serves an operation on a device under the present setting."""
     if _setting == "reference":
-        return Choice(False, "as asked")
+        return Choice(False, "the setting is reference")
     if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
         return Choice(False, f"tensors on {device.type} take plain PyTorch")
     if not TRITON:
@@ -69,7 +71,7 @@ def choose(op: str, device: torch.device) -> Choice:
     if INTERPRET:
         return Choice(True, "TRITON_INTERPRET=1: Triton's interpreter")
     if _setting == "fused":
-        return Choice(True, "as asked")
+        return Choice(True, "the setting is fused")
     if op in GAINS:
         return Choice(True, "faster than the plain form")
     return Choice(False, "no bench on a GPU has shown a gain yet; --kernels fused takes it")

@@ -121,7 +121,8 @@ def _mean(logits: tuple[Tensor, ...], term: str, ts: tuple[float, ...]) -> Tenso
         return reference(logits, term, ts)
     if torch.compiler.is_compiling() and _registered():
         return torch.ops.saddle.gan_bce_forward(logits, term, ts)
-    return _Loss.apply(term, ts, *logits)
+    with torch.cuda.device_of(logits[0]):  # Triton launches on the current device
+        return _Loss.apply(term, ts, *logits)
 
 
 def _reference_gradient(

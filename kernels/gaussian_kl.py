@@ -90,7 +90,8 @@ def _call(mean_NL: Tensor, log_variance_NL: Tensor, noise_NL: Tensor | None) -> 
         return reference(mean_NL, log_variance_NL, noise_NL)
     if torch.compiler.is_compiling() and _registered():
         return torch.ops.saddle.gaussian_kl_forward(mean_NL, log_variance_NL, noise_NL)
-    return _SampleAndKl.apply(mean_NL, log_variance_NL, noise_NL)
+    with torch.cuda.device_of(mean_NL):  # Triton launches on the current device
+        return _SampleAndKl.apply(mean_NL, log_variance_NL, noise_NL)
 
 
 def _second_order(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

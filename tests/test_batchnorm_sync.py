@@ -47,6 +47,27 @@ def rank(number: int, store: str, out: str, penalised: bool) -> None:
     dist.destroy_process_group()
 
 
+def lonely(number: int, store: str, out: str) -> None:
+    """A rank of two that has no images, beside one that has all."""
+    from kernels.batchnorm_sync import sync_batchnorm_leaky_relu
+
+    dist.init_process_group("gloo", f"file://{store}", rank=number, world_size=2)
+    x = joined()[0][:0] if number else joined()[0]
+    x = x.clone().requires_grad_()
+    y = sync_batchnorm_leaky_relu(x, *joined()[2:], None, None)
+    y.backward(joined()[1][: len(x)])
+    torch.save([y.detach(), x.grad], f"{out}/{number}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_rank_without_images_takes_part(tmp_path):
+    mp.spawn(lonely, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    y, dx, *_ = wanted(False)
+    parts = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    assert error(parts[0][0], y) < 5e-6 and error(parts[0][1], dx) < 5e-6
+    assert parts[1][0].shape == parts[1][1].shape == (0, *SHAPE[1:])
+
+
 def wanted(penalised: bool) -> list[Tensor]:
     """The same on the joined batch, in float64, by torch."""
     x, dy, weight, bias = (t.double() for t in joined())

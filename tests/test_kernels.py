@@ -75,7 +75,7 @@ def test_a_dry_run_says_what_serves(setting, capsys):
     assert main(["dcgan_digits", "--kernels", setting, "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "gaussian_kl: PyTorch: " in output
-    assert ("PyTorch: as asked" in output) == (setting == "reference")
+    assert ("PyTorch: the setting is reference" in output) == (setting == "reference")
 
 
 def test_on_a_cpu_networks_stay_as_they_are():

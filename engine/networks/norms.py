@@ -10,7 +10,8 @@ from torch import nn
 def statistics_kept(network: nn.Module) -> Iterator[None]:
     """BatchNorm normalises by the batch, as in training, but leaves its running statistics alone:
     for a second forward of the same inputs in one iteration."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kind = nn.modules.batchnorm._NormBase
+    norms = [m for m in network.modules() if isinstance(m, kind) and m.track_running_stats]
     for m in norms:
         m.track_running_stats = False
     try:
