@@ -19,8 +19,9 @@ from kernels.dispatch import launchable
 TILE = 2048  # elements that a program holds of each tensor
 PROGRAMS = 1024  # about eight per SM of an H100
 MOST_SPLITS = 128
-# Largest channel that stays on chip without spilled registers (python -m kernels.inspect).
-WHOLE, WHOLE_GRADIENT = 32_768, 16_384
+# Elements of the largest channel that stays on chip without spilled registers, by the size of an
+# element (python -m kernels.inspect).
+WHOLE, WHOLE_GRADIENT = {2: 32_768, 4: 16_384}, 16_384
 FEWEST_CHANNELS = 32  # below, one program per channel leaves most of a GPU idle
 
 
@@ -158,7 +159,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, stats) by the batch's own statistics."""
     a = layout_of(x)
-    tile = a.fits(WHOLE)
+    tile = a.fits(WHOLE[x.element_size()])
     if tile is None:
         return normalise(x, weight, bias, eps, slope, part=partial_statistics(x))
     y, stats = torch.empty_like(x), x.new_empty((3, a.c), dtype=torch.float32)

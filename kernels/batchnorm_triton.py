@@ -109,8 +109,8 @@ def activate(z, slope):
 def judge(saved, dy, mean, rstd, w, b, slope, OUTPUT: tl.constexpr):
     """Normalised input and gradient before the activation, from the input or from the output."""
     if OUTPUT:
-        z = tl.where(saved > 0, saved, saved / slope)
-        xhat = (z - b) / w
+        z = tl.where(saved > 0, saved, saved * (1.0 / slope))
+        xhat = (z - b) * (1.0 / w)
     else:
         z = tl.fma(saved - mean, w * rstd, b)
         xhat = (saved - mean) * rstd

@@ -42,7 +42,7 @@ def _tiled(dtype: str) -> Iterator[Variant]:
 
 
 def _whole(dtype: str) -> Iterator[Variant]:
-    for size in (2048, 8192, WHOLE_GRADIENT, WHOLE):
+    for size in sorted({2048, 8192, WHOLE_GRADIENT, WHOLE[DTYPES[dtype]]}):
         tile = {"ROWS": 128, "COLUMNS": size // 128, "AFFINE": True}
         warps = min(max(size // 1024, 4), 32)
         yield _variant(f"whole {dtype} {size}", k.whole, dtype, tile, 2, warps)
