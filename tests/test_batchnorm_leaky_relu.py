@@ -134,9 +134,6 @@ def test_the_reference_of_the_gradient_is_the_gradient(fixed):
     )
 
 
-# what is refused
-
-
 @interpreted.either
 @pytest.mark.parametrize(
     ("x", "options", "kind", "text"),
