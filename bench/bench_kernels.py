@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.compile import missing_toolchain
-from engine.precision import has_bf16
+from engine.precision import DTYPES, choose_precision
+from engine.stats import synchronize
 from kernels import dispatch, gan_bce, gaussian_kl
 from kernels.batchnorm_leaky_relu import batchnorm_leaky_relu
 
@@ -112,7 +113,7 @@ def device() -> torch.device:
 
 
 def dtype() -> torch.dtype:
-    return torch.bfloat16 if has_bf16(device())[0] else torch.float32
+    return DTYPES[choose_precision("auto", device()).name]
 
 
 def arguments(shape: tuple[int, ...], kind: torch.dtype, last: bool) -> list[Tensor]:
@@ -191,8 +192,7 @@ def bench_batchnorm_leaky_relu(benchmark, row, copy_rate, variant, shape, last, 
 def _synchronised(run: Callable) -> Callable:
     def whole():
         run()
-        if CUDA:
-            torch.cuda.synchronize()
+        synchronize(device())
 
     return whole
 

@@ -4,7 +4,6 @@ The Frechet distance of each run's newest measurement (metrics.jsonl), over that
 images against the same real images by the same extractor: 1 would be as good as new real images.
 """
 
-import json
 import statistics
 import sys
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from engine.metrics.distances import figures
 from engine.metrics.evaluator import real_features
 from engine.metrics.extractor import open_extractor
 from engine.parallel import Ranks
+from engine.report.read import Evaluation, read_run
 from engine.run import RunError, read_recipe
 from engine.verb import exit_code
 from pipelines.datasets import find
@@ -31,13 +31,12 @@ class Command:
     """Run directories."""
 
 
-def newest(run: Path) -> dict:
+def newest(run: Path) -> Evaluation:
     """The newest entry of a run's metrics.jsonl. Raises ValueError where there is none."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    if not lines:
+    evaluations = read_run(run).evaluations
+    if not evaluations:
         raise ValueError(f"{run} has no metrics.jsonl; train with --metrics.every-kimg")
-    return json.loads(lines[-1])
+    return evaluations[-1]
 
 
 def real_distance(run: Path) -> float:
@@ -46,24 +45,24 @@ def real_distance(run: Path) -> float:
     _, recipe, _ = read_recipe(run)
     ranks, data = Ranks(0, 0, 1, torch.device("cpu")), replace(recipe.data, flip=False)
     extractor = open_extractor(recipe.metrics, data, ranks.device, print)
-    sets = []
-    for split, count in (("train", recipe.metrics.generated), (recipe.metrics.split, None)):
-        settings = recipe.metrics if count is None else replace(recipe.metrics, real=count)
-        sets.append(real_features(find(data, split), data, settings, extractor, ranks))
-    return figures(sets[1], sets[0])["fid"]
+    fresh = replace(recipe.metrics, split="train", real=recipe.metrics.generated)
+    real, other = (
+        real_features(find(data, metrics.split), data, metrics, extractor, ranks)
+        for metrics in (recipe.metrics, fresh)
+    )
+    return figures(real, other)["fid"]
 
 
 def show(command: Command) -> None:
     """Print each run's distance and share, their mean, and the protocol."""
     entries = [newest(run) for run in command.run_dirs]
-    protocols = [entry["protocol"] for entry in entries]
+    protocols = [entry.protocol for entry in entries]
     if any(p != protocols[0] for p in protocols):
         raise ValueError("the runs were measured by different protocols")
     floor, shares = real_distance(command.run_dirs[0]), []
     for run, entry in zip(command.run_dirs, entries, strict=True):
-        shares.append(entry["figures"]["fid"] / floor)
-        print(f"{run}: {entry['figures']['fid']:.3f} at {entry['images']:,} images, "
-              f"{shares[-1]:.2f}x")  # fmt: skip
+        shares.append(entry.figures["fid"] / floor)
+        print(f"{run}: {entry.figures['fid']:.3f} at {entry.images:,} images, {shares[-1]:.2f}x")
     print(
         f"training images: {floor:.3f}; mean of {len(shares)} runs: {statistics.mean(shares):.2f}x"
     )

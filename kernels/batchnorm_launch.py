@@ -123,7 +123,7 @@ def pair(weight: Tensor | None, bias: Tensor | None, other: Tensor) -> tuple[Ten
 
 
 def launch(kernel: Callable, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch by wrap_triton; multiply-adds are fused as written, not as the version likes."""
+    """Launch a kernel on a grid, seen by a compiler where one looks on."""
     launchable(kernel)[grid](*args, **options)
 
 

@@ -57,8 +57,8 @@ def batchnorm_leaky_relu(
     if count <= 1:
         raise ValueError(one_value(x))
     y, stats = _call(x, weight, bias, None, eps, slope, save == "output", False)
-    if running_mean is not None:
-        track(running_mean, running_var, stats, count, momentum)
+    if running_mean is not None and running_var is not None:
+        track(running_mean, running_var, stats[0], stats[2] * (count / (count - 1)), momentum)
     return y
 
 
@@ -110,12 +110,16 @@ def both(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Ten
 
 @torch.no_grad()
 def track(
-    running_mean: Tensor, running_var: Tensor, stats: Tensor, count: int, momentum: float
+    running_mean: Tensor, running_var: Tensor, mean_C: Tensor, unbiased_C: Tensor, momentum: float
 ) -> None:
     """Running statistics, in place; the variance that they follow is the unbiased one."""
-    unbiased = stats[2] * (count / (count - 1))
-    running_mean.lerp_(stats[0].to(running_mean), momentum)
-    running_var.lerp_(unbiased.to(running_var), momentum)
+    running_mean.lerp_(mean_C.to(running_mean), momentum)
+    running_var.lerp_(unbiased_C.to(running_var), momentum)
+
+
+def axes_of(x: Tensor) -> tuple[list[int], list[int]]:
+    """Axes that a channel's statistics run over, and the shape that (C,) takes beside x."""
+    return [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
 
 
 def _call(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -162,8 +166,7 @@ def backward_reference(
     slope: float, fixed: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`_backward` in plain PyTorch; where it is differentiated, statistics are made from x anew."""
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    axes = [0, *range(2, x.ndim)]
+    axes, shape = axes_of(x)
     wide, g = x.to(stats.dtype), dy.to(stats.dtype)
     if fixed:
         mean, rstd = stats[0].view(shape), stats[1].view(shape)

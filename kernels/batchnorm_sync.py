@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.batchnorm_leaky_relu import both, check, one_value
+from kernels.batchnorm_leaky_relu import axes_of, both, check, one_value, track
 from kernels.dispatch import wide
 
 NAME = "sync_batchnorm_leaky_relu"
@@ -27,7 +27,8 @@ def sync_batchnorm_leaky_relu(
     """`batchnorm_leaky_relu` in training with statistics over all ranks; once differentiable.
 
     The gradients of weight and bias are this rank's share, as DDP expects them. Raises what
-    `batchnorm_leaky_relu` does, but for one value per channel, which no rank alone can know.
+    `batchnorm_leaky_relu` does, but one value per channel only in a world of one rank: among
+    several no rank alone knows.
     """
     check(x, weight, bias, running_mean, running_var, slope)
     if dist.get_world_size() == 1 and x.numel() == x.shape[1]:
@@ -47,17 +48,15 @@ def sync_reference(
     running_var: Tensor | None, momentum: float, eps: float, slope: float,
 ) -> Tensor:  # fmt: skip
     """The same by sums over ranks, with derivatives of every order."""
-    axes, shape = _axes(x)
+    axes, shape = axes_of(x)
     dtype, x = x.dtype, wide(x)
     count = torch.full((), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
     count = SumOverRanks.apply(count)
     mean_C = SumOverRanks.apply(x.sum(axes)) / count
     centred = x - mean_C.view(shape)
     m2_C = SumOverRanks.apply(centred.square().sum(axes))
-    z = centred * (m2_C / count + eps).rsqrt().view(shape)
-    weight, bias = both(weight, bias)
-    if weight is not None and bias is not None:
-        z = z * weight.view(shape) + bias.view(shape)
+    xhat = centred * (m2_C / count + eps).rsqrt().view(shape)
+    z = _scaled(xhat, *both(weight, bias))
     _track(
         running_mean, running_var, torch.stack([count.expand_as(mean_C), mean_C, m2_C]), momentum
     )
@@ -66,8 +65,6 @@ def sync_reference(
 
 class SumOverRanks(torch.autograd.Function):
     """Sum over ranks; its gradient is the sum of the ranks' gradients."""
-
-    generate_vmap_rule = False
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -100,7 +97,7 @@ class _Sync(torch.autograd.Function):
             y, stats = normalise(x, weight, bias, eps, slope, part=gathered)
         else:
             stats = torch.stack([moments[1], (moments[2] / moments[0] + eps).rsqrt()])
-            z = _scaled(_normalised(x, stats), weight, bias, x.ndim)
+            z = _scaled(_normalised(x, stats), weight, bias)
             y = torch.where(z > 0, z, z * slope).to(x.dtype)
         ctx.save_for_backward(x, weight, bias, stats, moments[0, 0].clone())
         ctx.slope, ctx.fused = slope, fused
@@ -133,10 +130,10 @@ def _fused_backward(dy, x, weight, bias, stats, count, slope):  # noqa: ANN001
 
 
 def _plain_backward(dy, x, weight, bias, stats, count, slope):  # noqa: ANN001
-    axes, shape = _axes(x)
+    axes, shape = axes_of(x)
     xhat = _normalised(x, stats)
     dy = wide(dy)
-    dz = torch.where(_scaled(xhat, weight, bias, x.ndim) > 0, dy, dy * slope)
+    dz = torch.where(_scaled(xhat, weight, bias) > 0, dy, dy * slope)
     own = torch.stack([dz.sum(axes), (dz * xhat).sum(axes)])
     total = own.clone()
     dist.all_reduce(total)
@@ -145,20 +142,15 @@ def _plain_backward(dy, x, weight, bias, stats, count, slope):  # noqa: ANN001
     return ((dz - db - xhat * dw) * scale.view(shape)).to(x.dtype), own[0], own[1]
 
 
-def _axes(x: Tensor) -> tuple[list[int], list[int]]:
-    """Axes that a channel's statistics run over, and the shape that (C,) takes beside x."""
-    return [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-
-
 def _normalised(x: Tensor, stats: Tensor) -> Tensor:
-    _, shape = _axes(x)
+    _, shape = axes_of(x)
     return (wide(x) - stats[0].view(shape)) * stats[1].view(shape)
 
 
-def _scaled(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, ndim: int) -> Tensor:
+def _scaled(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is None or bias is None:
         return xhat
-    shape = [1, -1] + [1] * (ndim - 2)
+    _, shape = axes_of(xhat)
     return xhat * weight.view(shape) + bias.view(shape)
 
 
@@ -168,7 +160,7 @@ def _moments(x: Tensor, fused: bool) -> Tensor:
         from kernels.batchnorm_launch import dense, partial_statistics
 
         return merge(partial_statistics(dense(x)))
-    axes, shape = _axes(x)
+    axes, shape = axes_of(x)
     x = wide(x)
     if not x.numel():  # a rank without images takes part with a count of 0
         return x.new_zeros((3, x.shape[1]))
@@ -193,12 +185,9 @@ def _gather(moments: Tensor) -> Tensor:
     return torch.stack(everyone, 1)
 
 
-@torch.no_grad()
 def _track(
     running_mean: Tensor | None, running_var: Tensor | None, moments: Tensor, momentum: float
 ) -> None:
-    if running_mean is None or running_var is None:
-        return
-    count, mean_C, m2_C = moments.detach()
-    running_mean.lerp_(mean_C.to(running_mean), momentum)
-    running_var.lerp_((m2_C / (count - 1).clamp(min=1)).to(running_var), momentum)
+    if running_mean is not None and running_var is not None:
+        count, mean_C, m2_C = moments.detach()
+        track(running_mean, running_var, mean_C, m2_C / (count - 1).clamp(min=1), momentum)

@@ -101,6 +101,16 @@ def affine(weight, bias, channel, exists, AFFINE: tl.constexpr):
 
 
 @triton.jit
+def known(stats, weight, bias, channel, exists, C, AFFINE: tl.constexpr, OUTPUT: tl.constexpr):
+    """Mean, 1/std, scale and shift of these channels; no scale of 0 where OUTPUT divides by it."""
+    mean, rstd = tl.load(stats + channel, exists, 0.0), tl.load(stats + C + channel, exists, 0.0)
+    w, b = affine(weight, bias, channel, exists, AFFINE)
+    if OUTPUT:
+        w = tl.where(exists, w, 1.0)
+    return mean, rstd, w, b
+
+
+@triton.jit
 def activate(z, slope):
     return tl.where(z > 0, z, z * slope)
 
@@ -188,10 +198,7 @@ def sums(
     """Partial sums of dz and dz * xhat. FIXED statistics (eval mode): dx too, which needs none."""
     group, split = tl.program_id(0), tl.program_id(1)
     channel, exists = channels(group, C, COLUMNS, LAST)
-    mean, rstd = tl.load(stats + channel, exists, 0.0), tl.load(stats + C + channel, exists, 0.0)
-    w, b = affine(weight, bias, channel, exists, AFFINE)
-    if OUTPUT:
-        w = tl.where(exists, w, 1.0)
+    mean, rstd, w, b = known(stats, weight, bias, channel, exists, C, AFFINE, OUTPUT)
     one = tl.zeros((ROWS, COLUMNS), tl.float32)
     two = one
     for tile in range(split, tiles, tl.num_programs(1)):
@@ -218,10 +225,7 @@ def apply_gradient(
     (dw, db) in `gradients`. SHARED: `count` is a tensor, that of all ranks."""
     group, split = tl.program_id(0), tl.program_id(1)
     channel, exists = channels(group, C, COLUMNS, LAST)
-    mean, rstd = tl.load(stats + channel, exists, 0.0), tl.load(stats + C + channel, exists, 0.0)
-    w, b = affine(weight, bias, channel, exists, AFFINE)
-    if OUTPUT:
-        w = tl.where(exists, w, 1.0)
+    mean, rstd, w, b = known(stats, weight, bias, channel, exists, C, AFFINE, OUTPUT)
     db, dw = merged_sums(part, channel, exists, parts, C, COLUMNS, LAST)
     first = exists & (channel * 0 + split == 0)
     tl.store(gradients + channel, dw, first)

@@ -19,7 +19,6 @@ transforms only the reference works.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -119,8 +118,8 @@ def _mean(logits: tuple[Tensor, ...], term: str, ts: tuple[float, ...]) -> Tenso
             raise ValueError(f"no logits to take the mean of: their shape is {tuple(x.shape)}")
     if not dispatch.serves(NAME, *logits):
         return reference(logits, term, ts)
-    if torch.compiler.is_compiling() and _registered():
-        return torch.ops.saddle.gan_bce_forward(logits, term, ts)
+    if torch.compiler.is_compiling():
+        return forward_op(logits, term, ts)
     with torch.cuda.device_of(logits[0]):  # Triton launches on the current device
         return _Loss.apply(term, ts, *logits)
 
@@ -151,11 +150,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @dispatch.eagerly()
     def forward(ctx: Any, term: str, ts: tuple[float, ...], *logits: Tensor) -> Tensor:
-        from kernels import gan_bce_triton
-
-        ctx.save_for_backward(*logits)
-        ctx.term, ctx.ts = term, ts
-        return gan_bce_triton.forward(logits, term, ts)
+        _keep(ctx, (logits, term, ts), None)
+        return _forward(logits, term, ts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,11 +166,8 @@ class _Gradient(torch.autograd.Function):
     def forward(
         ctx: Any, grad: Tensor, term: str, ts: tuple[float, ...], *logits: Tensor
     ) -> tuple[Tensor, ...]:
-        from kernels import gan_bce_triton
-
-        ctx.save_for_backward(grad, *logits)
-        ctx.term, ctx.ts = term, ts
-        return tuple(gan_bce_triton.backward(grad, logits, term, ts))
+        _keep_gradient(ctx, (grad, logits, term, ts), None)
+        return tuple(_backward(grad, logits, term, ts))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -207,37 +200,29 @@ def _fake_backward(
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in logits]
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple, output: Tensor | None) -> None:
     logits, ctx.term, ctx.ts = inputs
     ctx.save_for_backward(*logits)
 
 
-def _keep_gradient(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
+def _keep_gradient(ctx: Any, inputs: tuple, output: Sequence[Tensor] | None) -> None:
     grad, logits, ctx.term, ctx.ts = inputs
     ctx.save_for_backward(grad, *logits)
 
 
-@cache
-def operations() -> tuple[Any, Any]:
-    """saddle::gan_bce_forward and saddle::gan_bce_backward, which torch.compile calls."""
-    forward = dispatch.register(f"{NAME}_forward", _forward, _fake_forward)
-    backward = dispatch.register(f"{NAME}_backward", _backward, _fake_backward)
-
-    def first(ctx: Any, grad: Tensor) -> tuple:
-        return backward(grad, ctx.saved_tensors, ctx.term, ctx.ts), None, None
-
-    def second(ctx: Any, upstream: Sequence[Tensor]) -> tuple:
-        grad, *logits = ctx.saved_tensors
-        of_grad, *of_logits = _second_order(upstream, grad, logits, ctx.term, ctx.ts)
-        return of_grad, of_logits, None, None
-
-    forward.register_autograd(first, setup_context=_keep)
-    backward.register_autograd(second, setup_context=_keep_gradient)
-    return forward, backward
+forward_op = dispatch.register(f"{NAME}_forward", _forward, _fake_forward)
+backward_op = dispatch.register(f"{NAME}_backward", _backward, _fake_backward)
 
 
-@torch.compiler.assume_constant_result
-def _registered() -> bool:
-    """Register while torch.compile traces, which cannot trace the registration itself."""
-    operations()
-    return True
+def _first(ctx: Any, grad: Tensor) -> tuple:
+    return backward_op(grad, ctx.saved_tensors, ctx.term, ctx.ts), None, None
+
+
+def _second(ctx: Any, upstream: Sequence[Tensor]) -> tuple:
+    grad, *logits = ctx.saved_tensors
+    of_grad, *of_logits = _second_order(upstream, grad, logits, ctx.term, ctx.ts)
+    return of_grad, of_logits, None, None
+
+
+forward_op.register_autograd(_first, setup_context=_keep)
+backward_op.register_autograd(_second, setup_context=_keep_gradient)

@@ -14,7 +14,6 @@ transforms only the reference works. Shapes: N images, L latents.
 """
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -88,8 +87,8 @@ def _call(mean_NL: Tensor, log_variance_NL: Tensor, noise_NL: Tensor | None) -> 
     plain = mean_NL.numel() == 0 or (noise_NL is not None and noise_NL.requires_grad)
     if plain or not dispatch.serves(NAME, *given):
         return reference(mean_NL, log_variance_NL, noise_NL)
-    if torch.compiler.is_compiling() and _registered():
-        return torch.ops.saddle.gaussian_kl_forward(mean_NL, log_variance_NL, noise_NL)
+    if torch.compiler.is_compiling():
+        return forward_op(mean_NL, log_variance_NL, noise_NL)
     with torch.cuda.device_of(mean_NL):  # Triton launches on the current device
         return _SampleAndKl.apply(mean_NL, log_variance_NL, noise_NL)
 
@@ -113,10 +112,8 @@ class _SampleAndKl(torch.autograd.Function):
     def forward(
         ctx: Any, mean: Tensor, log_variance: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        from kernels import gaussian_kl_triton
-
         ctx.save_for_backward(mean, log_variance, noise)
-        return gaussian_kl_triton.forward(mean, log_variance, noise)
+        return _forward(mean, log_variance, noise)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,10 +126,8 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     @dispatch.eagerly()
     def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        from kernels import gaussian_kl_triton
-
         ctx.save_for_backward(*inputs)
-        return gaussian_kl_triton.backward(*inputs)
+        return _backward(*inputs)
 
     backward = staticmethod(_second_order)
 
@@ -169,22 +164,9 @@ def _keep(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-@cache
-def operations() -> tuple[Any, Any]:
-    """saddle::gaussian_kl_forward and saddle::gaussian_kl_backward, which torch.compile calls."""
-    forward = dispatch.register(f"{NAME}_forward", _forward, _fake_forward)
-    backward = dispatch.register(f"{NAME}_backward", _backward, _fake_backward)
-
-    def first(ctx: Any, dz: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(dz, dkl, *ctx.saved_tensors), None
-
-    forward.register_autograd(first, setup_context=_keep)
-    backward.register_autograd(_second_order, setup_context=_keep)
-    return forward, backward
-
-
-@torch.compiler.assume_constant_result
-def _registered() -> bool:
-    """Register while torch.compile traces, which cannot trace the registration itself."""
-    operations()
-    return True
+forward_op = dispatch.register(f"{NAME}_forward", _forward, _fake_forward)
+backward_op = dispatch.register(f"{NAME}_backward", _backward, _fake_backward)
+forward_op.register_autograd(
+    lambda ctx, dz, dkl: (*backward_op(dz, dkl, *ctx.saved_tensors), None), setup_context=_keep
+)
+backward_op.register_autograd(_second_order, setup_context=_keep)

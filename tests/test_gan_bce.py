@@ -370,7 +370,7 @@ def test_kernels_compile_as_one_opaque_operation(form):
 
 @interpreted.only
 def test_kernels_pass_the_checks_of_custom_operations():
-    forward, backward = gan_bce.operations()
+    forward, backward = gan_bce.forward_op, gan_bce.backward_op
     real, fake = logits(7).requires_grad_(), logits(3, 1).half().requires_grad_()
     grad = torch.tensor(2.0, requires_grad=True)
     for given, term, ts in (([real, fake], "bce", [0.9, 0.0]), ([fake.mT], "linear", [-1.0])):

@@ -311,7 +311,7 @@ def test_kernels_compile_as_one_opaque_operation(latents):
 @interpreted.only
 @pytest.mark.parametrize("sample", [True, False])
 def test_kernels_pass_the_checks_of_custom_operations(sample):
-    forward, backward = gaussian_kl.operations()
+    forward, backward = gaussian_kl.forward_op, gaussian_kl.backward_op
     mean, log_variance, dz = (torch.randn(7, 20, requires_grad=True) for _ in range(3))
     noise = torch.randn(7, 20) if sample else None
     dz = dz if sample else torch.zeros(0, 20)

@@ -9,6 +9,7 @@ import torch
 
 from engine.metrics.images import quantised
 from engine.metrics.pairs import Pairs
+from engine.metrics.protocol import HELD_OUT_IMAGES as IMAGES
 from engine.parallel import Ranks
 from engine.settings import Algorithm, Networks, Recipe
 from kernels import philox
@@ -16,7 +17,7 @@ from pipelines.batch import Clock
 from pipelines.datasets import NoSplit, find
 from pipelines.open import Pipeline, open_pipeline
 
-IMAGES, BATCH = 10_000, 500
+BATCH = 500
 
 
 @dataclass
