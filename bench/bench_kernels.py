@@ -3,12 +3,12 @@
     pytest bench/bench_kernels.py --benchmark-only
 
 BatchNorm + LeakyReLU forward, and forward with backward; the discriminator's loss; the VAE's sample
-and KL. Rows: eager, eager in place, both compiled and, on a GPU, Triton's. Each tells its median
-and spread, the bandwidth it achieves as a share of a copy measured in the same session, peak and
-saved memory, and its error against float64. On a GPU tensors of 537 MB are timed with a cold L2
-cache and DCGAN's sizes as replays of a CUDA graph; a CPU runs two of DCGAN's sizes in plain
-PyTorch (where an activation in place that ends the graph, as here, compiles badly: not so between
-convolutions).
+and KL; a batch of images out of packed bytes. Rows: eager, eager in place, both compiled and, on a
+GPU, Triton's. Each tells its median and spread, the bandwidth it achieves as a share of a copy
+measured in the same session, peak and saved memory, and its error against float64. On a GPU tensors
+of 537 MB are timed with a cold L2 cache and DCGAN's sizes as replays of a CUDA graph; a CPU runs
+two of DCGAN's sizes in plain PyTorch (where an activation in place that ends the graph, as here,
+compiles badly: not so between convolutions).
 """
 
 import statistics
@@ -26,6 +26,7 @@ from engine.precision import DTYPES, choose_precision
 from engine.stats import synchronize
 from kernels import dispatch, gan_bce, gaussian_kl
 from kernels.batchnorm_leaky_relu import batchnorm_leaky_relu
+from kernels.image_batch import image_batch
 
 CUDA = torch.cuda.is_available()
 LARGE = (512, 128, 64, 64)
@@ -234,3 +235,47 @@ def bench_losses(benchmark, row, loss, variant):
     base = MEASURED.get(("eager", loss))
     ratio = f"  {base.median / timing.median:5.2f}x eager" if base else ""
     row(f"{variant:17} {loss:24} both  {timing}{ratio}")
+
+
+def plain_batch(images_NHWC, rows_M, size, flip_M):
+    batch = images_NHWC.index_select(0, rows_M)
+    batch = torch.where(flip_M[:, None, None, None], batch.flip(2), batch)
+    return batch.float().sub(127.5).mul(1 / 127.5).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def packed() -> Tensor:
+    """A dataset of random bytes, larger than any cache."""
+    shape = (50_000 if CUDA else 10_000, 64, 64, 3)
+    return torch.empty(shape, dtype=torch.uint8, device=device()).random_()
+
+
+@pytest.mark.parametrize("variant", ["eager", "compiled", "image_batch"])
+@pytest.mark.parametrize("batch", [2048, 64])
+def bench_image_batch(benchmark, row, packed, batch, variant):
+    """Half of the images mirrored; image_batch is Triton's on a GPU and PyTorch's on a CPU. The
+    rate counts what must be moved: each byte once, and the float made of it."""
+    function = {"eager": plain_batch, "image_batch": image_batch}.get(variant)
+    function = function or compiled(plain_batch)
+    rows = torch.randint(len(packed), (batch,), device=device())
+    flip = torch.arange(batch, device=device()) % 2 == 0
+
+    def run():
+        with dispatch.using("fused"):
+            return function(packed, rows, packed.shape[1], flip)
+
+    assert torch.equal(run(), plain_batch(packed, rows, packed.shape[1], flip))
+    timing = timed(run, batch == 2048)
+    MEASURED[variant, batch] = timing
+    moved = 5 * batch * packed[0].numel()
+    facts = {
+        "median_s": timing.median,
+        "bytes_per_s": moved / timing.median,
+        "images_per_s": batch / timing.median,
+    }
+    benchmark.extra_info.update(facts)
+    benchmark.pedantic(_synchronised(run), rounds=3)
+    base = MEASURED.get(("eager", batch))
+    ratio = f"  {base.median / timing.median:5.2f}x eager" if base else ""
+    rates = f"{facts['bytes_per_s'] / 1e9:7.1f} GB/s  {facts['images_per_s'] / 1e6:7.3f} M images/s"
+    row(f"{variant:17} {f'image_batch {batch} x 64x64x3':31} {timing}  {rates}{ratio}")

@@ -20,10 +20,18 @@ Setting = Literal["auto", "fused", "reference"]
 
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-OPS = ("batchnorm_leaky_relu", "sync_batchnorm_leaky_relu", "gan_bce", "gaussian_kl")
-# What `auto` takes: operations for which bench/bench_kernels.py has shown a gain on a GPU, and the
-# synchronised one, whose plain form is a chain of some twenty operations.
-GAINS = frozenset({"sync_batchnorm_leaky_relu"})
+OPS = (
+    "batchnorm_leaky_relu",
+    "sync_batchnorm_leaky_relu",
+    "gan_bce",
+    "gaussian_kl",
+    "image_batch",
+)
+# What `auto` takes: operations for which bench/bench_kernels.py has shown a gain on a GPU; the
+# synchronised one, whose plain form is a chain of some twenty operations; and the batch of images,
+# whose plain form is index arithmetic, a gather and three passes over floats (to float, sub, mul):
+# 23 bytes moved per number, where one launch moves 5.
+GAINS = frozenset({"sync_batchnorm_leaky_relu", "image_batch"})
 # Triton 3.9 warns that its next version will not fuse multiply-adds unless told to.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

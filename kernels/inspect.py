@@ -44,7 +44,7 @@ class Variant:
     @property
     def floor(self) -> str:
         """Bytes per element that the kernel must move, over all its passes."""
-        sizes = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
+        sizes = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*u8": 1}
         size = min(sizes.get(t, 4) for t in self.types.values())
         return f"{self.passes * size} B ({self.passes} x {size})"
 
