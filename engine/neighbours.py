@@ -127,12 +127,12 @@ class Found(NamedTuple):
 
 
 def _training_images(dataset: Dataset, data: Data) -> np.ndarray:
-    """uint8 (M, C, H, W), memory-mapped where the run has a packed cache."""
+    """uint8 (M, C, H, W)."""
     pack = load(pack_path(dataset, data), dataset)
     if pack is None:
         return decode_some(dataset, range(len(dataset)), DECODED, skip=True)
-    image_bytes = max(1, int(np.prod(pack.images_NCHW.shape[1:])))
-    return pack.images_NCHW[: min(IMAGES, max(1, CACHE_BYTES // image_bytes))]
+    count = min(IMAGES, max(1, CACHE_BYTES // int(np.prod(dataset.fit.stored))))
+    return dataset.fit.shown(pack.images_NHWC[:count])
 
 
 def _reduced_set(images_MCHW: Tensor) -> Tensor:

@@ -117,20 +117,21 @@ def _prepare(
     recipe = command.recipe
     folder = _agree(ranks, lambda: run.choose(command, name))
     before = _agree(ranks, lambda: _open_folder(exits, folder, recipe))
-    total = total_images(recipe, len(dataset))
+    total = total_images(recipe, dataset.images)
     display = exits.enter_context(Display(total, f"{name} {folder.name}", quiet=ranks.rank > 0))
     flops = cost.flops_per_image * total / ranks.world_size
     precision, compiler = _resolve(recipe, ranks, flops, before)
     live = session.start(recipe, ranks, precision, compiler, total, len(dataset.classes))
     facts = {
         "recipe": name,
-        "dataset": dataset.fingerprint(),
-        "dataset_images": len(dataset),
+        "dataset": dataset.identity(),
+        "dataset_images": dataset.images,
         "classes": len(dataset.classes),
     }
     resumed = _resume(live, folder, facts, display)
+    fed = before["resolved"]["pipeline"][0] if before else None
     pipeline = open_pipeline(
-        dataset, recipe.data, live.clock, recipe.seed, live.key, say=display.line
+        dataset, recipe.data, live.clock, recipe.seed, live.key, display.line, fed
     )
     exits.callback(pipeline.close)
     resolved = {

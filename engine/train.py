@@ -117,7 +117,7 @@ def dry_run(
     if environment()[0]:
         return
     ranks = environment()[2]
-    total = recipes.total_images(recipe, len(dataset))
+    total = recipes.total_images(recipe, dataset.images)
     precision = choose_precision(recipe.precision, device)
     obstacle = compile_obstacle(recipe.sync_bn, ranks)
     compiler = choose_compile(

@@ -14,11 +14,17 @@ class Batch:
     labels_N: int64 classes, or None where the dataset has none.
     position_N: int64, each image's place in the run's endless stream of images; latents, flips
         and every other random draw of an image are a function of it.
+    pair_NCHW: what goes with each image, float32 in [-1, 1]: the right half of a side-by-side
+        pair, an image of the other domain, or the image itself made smaller.
+    tokens_NL, lengths_N: int64, a caption of each image and the number of its words.
     """
 
     images_NCHW: Tensor
     labels_N: Tensor | None
     position_N: Tensor
+    pair_NCHW: Tensor | None = None
+    tokens_NL: Tensor | None = None
+    lengths_N: Tensor | None = None
 
 
 @dataclass

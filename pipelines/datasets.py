@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import layouts
+from pipelines.archives import holds_archives, open_archive
+from pipelines.birds import open_birds
+from pipelines.domains import open_pairs, open_tiles, open_unpaired
 from pipelines.images import BadImage, Fit
+from pipelines.lsun import open_lsun
+from pipelines.missing import DOWNLOADS, DatasetMissing, NoSplit, missing_text
 from pipelines.settings import Data
 from pipelines.sources import ArraySet, Dataset, FileSet, Synthetic
 
@@ -27,27 +32,26 @@ THINGS = (
     *("dog", "frog", "horse", "ship", "truck"),
 )
 CELEBA_IMAGES = 202_599
-DOWNLOADS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-DOWNLOADS |= {"celeba": "CelebA"}
-NAMES = ("digits", *DOWNLOADS, "folder", "synthetic")
-
-
-class DatasetMissing(Exception):
-    """A dataset is not where it was looked for; the message has the places and the remedies."""
-
-
-class NoSplit(Exception):
-    """The dataset is there, but it has no images of this split."""
+PLACES = {
+    "horse2zebra": (open_unpaired, ("horse2zebra",)),
+    "unpaired": (open_unpaired, ()),
+    "facades": (open_pairs, ("facades",)),
+    "pairs": (open_pairs, ()),
+    "tiles": (open_tiles, ("DIV2K", "DIV2K/DIV2K_train_HR", "DIV2K_train_HR")),
+}
+NEEDS_PATH = ("folder", "unpaired", "pairs")
+NAMES = ("digits", *DOWNLOADS, "lsun", "birds", "folder", *PLACES, "synthetic")
 
 
 def find(data: Data, split: str = "train") -> Dataset:
     """The dataset of a recipe. Raises DatasetMissing, NoSplit, or ValueError naming a setting."""
     if data.name not in NAMES:
         raise ValueError(f"data.name={data.name!r} is unknown: choose one of {', '.join(NAMES)}")
-    if data.name == "folder" and data.path is None:
-        raise ValueError("data.name=folder needs --data.path, the folder that holds the images")
-    if data.resolution < 1 or (data.crop is not None and data.crop < 1):
-        raise ValueError("data.resolution and data.crop must be positive")
+    if data.name in NEEDS_PATH and data.path is None:
+        raise ValueError(
+            f"data.name={data.name} needs --data.path, the folder that holds the images"
+        )
+    _check_sizes(data)
     try:
         return _look(data, split)
     except DatasetMissing:
@@ -57,10 +61,29 @@ def find(data: Data, split: str = "train") -> Dataset:
     return _look(data, split)
 
 
+def _check_sizes(data: Data) -> None:
+    if data.resolution < 1 or (data.crop is not None and data.crop < 1):
+        raise ValueError("data.resolution and data.crop must be positive")
+    if data.load is not None and data.load < data.resolution:
+        raise ValueError(
+            f"--data.load {data.load} is smaller than --data.resolution {data.resolution}, which "
+            "is cut from it: give at least that, or leave it out"
+        )
+    if data.window is not None and data.window[0] >= data.window[1]:
+        raise ValueError(f"--data.window {data.window[0]} {data.window[1]} must rise")
+    if data.scale is not None and (data.scale < 2 or data.resolution % data.scale):
+        raise ValueError(
+            f"--data.scale {data.scale} must be at least 2 and divide --data.resolution "
+            f"{data.resolution}"
+        )
+    if data.scale and data.name in PLACES and data.name != "tiles":
+        raise ValueError(f"--data.scale makes a pair, and {data.name} has one: leave it out")
+
+
 def download(data: Data) -> None:
     """Fetch a dataset into the root folder with torchvision; DatasetMissing if that fails."""
     if data.name not in DOWNLOADS:
-        raise DatasetMissing(_missing_text(data, f"torchvision cannot fetch {data.name!r}"))
+        raise DatasetMissing(missing_text(data, f"torchvision cannot fetch {data.name!r}"))
     if data.path is not None:
         raise ValueError("--data.download fetches into data.root: leave --data.path out")
     import torchvision.datasets
@@ -73,11 +96,12 @@ def download(data: Data) -> None:
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         failed = f"--data.download of {data.name!r} into {root} failed: {line}"
-        raise DatasetMissing(_missing_text(data, failed)) from error
+        raise DatasetMissing(missing_text(data, failed)) from error
 
 
 def _look(data: Data, split: str) -> Dataset:
-    fit = Fit(data.resolution, data.channels, data.crop)
+    load = data.load if split == "train" else None  # held-out images are seen whole
+    fit = Fit(data.resolution, data.channels, data.crop, load, window=data.window)
     match data.name:
         case "mnist":
             return _idx(data, split, fit, DIGITS, ("MNIST/raw", "mnist", "MNIST", "mnist/raw"))
@@ -89,7 +113,14 @@ def _look(data: Data, split: str) -> Dataset:
         case "celeba":
             return _celeba(data, split, fit)
         case "folder":
-            return _folder(data, split, fit)
+            return (open_archive if holds_archives(data.path) else _folder)(data, split, fit)
+        case "lsun":
+            return open_lsun(data, split, fit)
+        case "birds":
+            return open_birds(data, split, fit)
+        case name if name in PLACES:
+            opener, places = PLACES[name]
+            return opener(data, split, fit, places)
         case "digits":
             return _digits(split, fit)
         case _:
@@ -109,9 +140,9 @@ def _idx(data: Data, split: str, fit: Fit, classes: tuple, places: tuple[str, ..
                 raise BadImage.of(labels, f"{len(label)} labels for {len(pixels)} images")
             note = _subset(len(pixels), full)
             label = label.astype(np.int64)
-            return ArraySet(data.name, split, fit, label, classes, note, pixels[:, None])
+            return ArraySet(data.name, split, fit, label, classes, note, pixels[..., None])
     names = f"{stem}-images-idx3-ubyte[.gz] and {stem}-labels-idx1-ubyte[.gz]"
-    raise DatasetMissing(_missing_text(data, looked=(names, folders)))
+    raise DatasetMissing(missing_text(data, looked=(names, folders)))
 
 
 def _cifar10(data: Data, split: str, fit: Fit) -> Dataset:
@@ -124,13 +155,15 @@ def _cifar10(data: Data, split: str, fit: Fit) -> Dataset:
         if batches:
             images, labels = layouts.read_cifar(batches)
             note = _subset(len(images), full)
-            return ArraySet("cifar10", split, fit, labels, THINGS, note, images)
+            return ArraySet(
+                "cifar10", split, fit, labels, THINGS, note, images.transpose(0, 2, 3, 1)
+            )
         if (folder / split).is_dir() and len(names := layouts.list_images(folder / split)):
             labels, classes = layouts.class_labels(names)
             note = _subset(len(names), full)
             return FileSet("cifar10", split, fit, labels, classes, note, folder / split, names)
     wanted = f"{', '.join(numbers)}, or {split}/<class>/*.png"
-    raise DatasetMissing(_missing_text(data, looked=(wanted, folders)))
+    raise DatasetMissing(missing_text(data, looked=(wanted, folders)))
 
 
 def _celeba(data: Data, split: str, fit: Fit) -> Dataset:
@@ -142,7 +175,7 @@ def _celeba(data: Data, split: str, fit: Fit) -> Dataset:
         if len(names):
             break
     else:
-        raise DatasetMissing(_missing_text(data, looked=("*.jpg", folders)))
+        raise DatasetMissing(missing_text(data, looked=("*.jpg", folders)))
     note = _subset(len(names), CELEBA_IMAGES)
     lists = [folder.parent, folder, folder.parent.parent]
     partition = next((p for f in lists if (p := layouts.read_partition(f)) is not None), None)
@@ -172,9 +205,17 @@ def _folder(data: Data, split: str, fit: Fit) -> Dataset:
     names = layouts.list_images(folder)
     if not len(names):
         wanted = "images (" + " ".join(layouts.SUFFIXES) + ")"
-        raise DatasetMissing(_missing_text(data, looked=(wanted, [folder])))
+        raise DatasetMissing(missing_text(data, looked=(wanted, [folder])))
     labels, classes = layouts.class_labels(names)
-    return FileSet("folder", split, fit, labels, classes, "", folder, names)
+    note = ""
+    if labels is not None and (empty := layouts.empty_classes(folder, classes)):
+        if data.on_error == "stop":
+            raise DatasetMissing(
+                f"class folder {folder / empty[0]} holds no images: remove it, or leave it out by "
+                "--data.on-error skip"
+            )
+        note = f"{len(empty)} class folders without images left out: {', '.join(empty[:5])}"
+    return FileSet("folder", split, fit, labels, classes, note, folder, names)
 
 
 def _digits(split: str, fit: Fit) -> Dataset:
@@ -185,7 +226,7 @@ def _digits(split: str, fit: Fit) -> Dataset:
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     labels = bunch.target.astype(np.int64)
-    return ArraySet("digits", split, fit, labels, DIGITS, "", pixels[:, None])
+    return ArraySet("digits", split, fit, labels, DIGITS, "", pixels[..., None])
 
 
 def _folders(data: Data, places: tuple[str, ...], within: tuple[str, ...]) -> list[Path]:
@@ -197,26 +238,6 @@ def _folders(data: Data, places: tuple[str, ...], within: tuple[str, ...]) -> li
 
 def _subset(found: int, full: int) -> str:
     return f"subset: {found:,} of {full:,} images" if found < full else ""
-
-
-def _missing_text(data: Data, why: str = "", looked: tuple[str, list[Path]] | None = None) -> str:
-    """The whole message: what was looked for, where, and what can be done about it."""
-    lines = [why or f"dataset {data.name!r} not found"]
-    if looked is not None:
-        lines += [f"  looked for: {looked[0]}"]
-        lines += [f"  in: {folder.absolute()}" for folder in looked[1]]
-    fetch = "fetches it with torchvision into the root"
-    if data.name not in DOWNLOADS:
-        fetch = f"fetches {', '.join(DOWNLOADS)} only, not {data.name!r}"
-    return "\n".join(
-        [
-            *lines,
-            "remedies:",
-            "  SADDLE_DATA=/folder (or --data.root, --data.path)  says where the data is",
-            f"  --data.download  {fetch}",
-            "  --data.name synthetic  runs on computed images instead",
-        ]
-    )
 
 
 def decode_some(dataset: Dataset, rows: Iterable[int], count: int, skip: bool) -> np.ndarray:
@@ -237,4 +258,4 @@ def decode_some(dataset: Dataset, rows: Iterable[int], count: int, skip: bool) -
             problem = error
     if problem and not images:
         raise problem
-    return np.stack(images)
+    return dataset.fit.shown(np.stack(images))

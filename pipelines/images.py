@@ -1,15 +1,31 @@
-"""How one image becomes uint8 (C, H, W) with the channels and the size that the recipe asks for.
+"""How one encoded image becomes uint8 (H, W, C) with the size and channels that a recipe asks for.
 
-Every decoder in `pipelines` goes through `read` and `Fit`, so all backends serve the same bytes.
+Everything that decodes goes through `Fit`, so that all pipelines serve the same bytes; DALI and
+FFCV, which decode by themselves, are told the same squares.
 """
 
+import functools
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch.nn.functional import interpolate
+
+LIMIT = 89_478_485
+"""Pixels of an image, at most (PIL's bound): more is taken for a decompression bomb."""
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"""JPEG markers that begin a frame header (ITU-T T.81, table B.1)."""
+
+RGB = 3
+"""torchvision's ImageReadMode for three channels."""
+
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels."""
 
 
 class BadImage(Exception):
@@ -19,66 +35,172 @@ class BadImage(Exception):
     def of(cls, name: str | os.PathLike, cause: Exception | str) -> "BadImage":
         """BadImage for a file, from what went wrong with it."""
         kind = f"{type(cause).__name__}: " if isinstance(cause, Exception) else ""
-        return cls(f"cannot decode {os.fspath(name)}: {kind}{cause}")
+        lines = str(cause).splitlines() or [""]  # torchvision adds a trace of C++
+        return cls(f"cannot decode {os.fspath(name)}: {kind}{lines[0]}")
+
+
+class Unreadable(BadImage):
+    """A file that the disk does not give; it may be mended without any change to its content."""
+
+    @classmethod
+    def of(cls, name: str | os.PathLike, cause: Exception | str) -> "Unreadable":
+        """Unreadable for a file, from what the system says."""
+        why = (cause.strerror or cause) if isinstance(cause, OSError) else cause
+        gone = isinstance(cause, FileNotFoundError)
+        return cls(
+            f"cannot read {os.fspath(name)}: {why}"
+            + (" (did the data folder change while it was in use?)" if gone else "")
+        )
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Centre crop, antialiased resize (PIL BILINEAR) and packing to uint8 (C, H, W)."""
+    """Centred square, antialiased bilinear resize, uint8 (H, W, C).
+
+    load: side of what is stored, from which a random `resolution` square is cut later; none stores
+    `resolution` itself. halves: the image is a side-by-side pair, stored as one of twice the width.
+    window: the values of 16-bit grey pixels that become 0 and 255; none takes all of 0 to 65535.
+    """
 
     resolution: int
     channels: int
     crop: int | None = None
+    load: int | None = None
+    halves: bool = False
+    window: tuple[int, int] | None = None
+
+    @property
+    def side(self) -> int:
+        """Height of what is stored."""
+        return self.load or self.resolution
+
+    @property
+    def stored(self) -> tuple[int, int, int]:
+        """(H, W, C) of what is stored."""
+        return self.side, self.side * (1 + self.halves), self.channels
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what comes out."""
+        """(C, H, W) of what the networks see."""
         return self.channels, self.resolution, self.resolution
 
-    def __call__(self, image: Image.Image, name: str) -> np.ndarray:
-        """uint8 (C, H, W) of a loaded image; ValueError if `crop` is larger than the image."""
-        image = to_channels(image, self.channels)
-        side = self.crop_of(image.size, name)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        if image.size != (side, side):
-            image = image.crop((left, top, left + side, top + side))
-        if side != self.resolution:
-            size = (self.resolution, self.resolution)
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        pixels = np.asarray(image, dtype=np.uint8).reshape(*image.size[::-1], self.channels)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    def __call__(self, content: bytes, name: str, box: Box | None = None) -> np.ndarray:
+        """uint8 `stored` of an encoded image, or of the box in it. Raises BadImage, and ValueError
+        if `crop` is larger than the image."""
+        return self.resized(decode(content, name, self.channels, self.window), name, box)
 
-    def crop_of(self, size: tuple[int, int], name: str) -> int:
-        """Side of the square to cut from an image of this (width, height)."""
-        if self.crop is None:
-            return min(size)
-        if self.crop > min(size):
+    def resized(self, pixels_HWC: np.ndarray, name: str, box: Box | None = None) -> np.ndarray:
+        """uint8 `stored` of a decoded image."""
+        squares = self.squares(pixels_HWC.shape[1::-1], name, box)
+        parts = [resize(pixels_HWC[t : t + s, x : x + s], self.side) for x, t, s in squares]
+        return np.ascontiguousarray(np.concatenate(parts, 1) if self.halves else parts[0])
+
+    def squares(
+        self, size: tuple[int, int], name: str, box: Box | None = None
+    ) -> list[tuple[int, int, int]]:
+        """(left, top, side) of the square that is kept of an image of this (width, height), or of
+        one square in each half of a pair."""
+        left, top, right, bottom = box or (0, 0, *size)
+        if not self.halves:
+            return [self._square((left, top, right, bottom), name)]
+        half = (right - left) // 2
+        if 4 * half < 3 * (bottom - top):
+            text = f"{size[0]}x{size[1]} pixels are no pair of images side by side"
+            raise BadImage.of(name, text)
+        boxes = (left, top, left + half, bottom), (right - half, top, right, bottom)
+        return [self._square(box, name) for box in boxes]
+
+    def _square(self, box: Box, name: str) -> tuple[int, int, int]:
+        left, top, width, height = box[0], box[1], box[2] - box[0], box[3] - box[1]
+        side = self.crop or min(width, height)
+        if side > min(width, height):
             raise ValueError(
-                f"data.crop={self.crop} is larger than {name} ({size[0]}x{size[1]}): "
+                f"data.crop={self.crop} is larger than {name} ({width}x{height}): "
                 "give a smaller one, or none for the largest centred square"
             )
-        return self.crop
+        return left + (width - side) // 2, top + (height - side) // 2, side
+
+    def shown(self, stored_NHWC: np.ndarray) -> np.ndarray:
+        """uint8 (N, C, H, W) to look at or to measure: the middle `resolution` square, of a pair's
+        left half."""
+        start = (self.side - self.resolution) // 2
+        middle = slice(start, start + self.resolution)
+        return np.ascontiguousarray(stored_NHWC[:, middle, middle].transpose(0, 3, 1, 2))
 
 
-def read(path: Path, channels: int) -> Image.Image:
-    """A loaded PIL image, mode L or RGB. Errors of the disk pass through; of the content: BadImage.
+def resize(pixels_HWC: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (side, side, C), bilinear with antialias; within 1 of PIL's, which it outruns."""
+    if pixels_HWC.shape[:2] == (side, side):
+        return pixels_HWC
+    own = pixels_HWC if pixels_HWC.flags.writeable else pixels_HWC.copy()  # torch wants it so
+    pixels_CHW = torch.from_numpy(own).permute(2, 0, 1)
+    small = interpolate(pixels_CHW[None], (side, side), mode="bilinear", antialias=True)
+    return small[0].permute(1, 2, 0).numpy()
 
-    EXIF orientation is not applied, as in torchvision. Truncated files raise: PIL's
-    LOAD_TRUNCATED_IMAGES is never set.
+
+def decode(
+    content: bytes, name: str, channels: int, window: tuple[int, int] | None = None
+) -> np.ndarray:
+    """uint8 (H, W, C) of an encoded image; BadImage if it is none. EXIF rotation is not applied.
+
+    Plain colour JPEGs by torchvision, whose bits are PIL's at twice the speed, the rest by PIL.
     """
-    content = path.read_bytes()
     if not content:
-        raise BadImage.of(path, "the file is empty")
-    # PIL's readers raise whatever a broken file makes them stumble over: OSError, SyntaxError,
-    # ValueError, EOFError, struct.error, zlib.error, KeyError, DecompressionBombError ...
+        raise BadImage.of(name, "the file is empty")
+    frame = jpeg_frame(content)
+    # the decoders raise whatever a broken file makes them stumble over: OSError, SyntaxError,
+    # RuntimeError, ValueError, EOFError, struct.error, zlib.error, KeyError ...
     try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        return to_channels(image, channels)
+        if frame and channels == frame[2] == 3:
+            check_pixels(frame[:2], name)
+            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            if decoder := _jpeg_decoder():
+                return decoder(encoded, RGB, False).permute(1, 2, 0).numpy()
+        return _by_pil(content, name, channels, window)
+    except BadImage:
+        raise
     except UnidentifiedImageError as error:
-        raise BadImage.of(path, "not an image") from error
+        raise BadImage.of(name, "not an image") from error
     except Exception as error:
-        raise BadImage.of(path, error) from error
+        raise BadImage.of(name, error) from error
+
+
+@functools.cache
+def _jpeg_decoder() -> Callable[[torch.Tensor, int, bool], torch.Tensor] | None:
+    """torchvision's operator, without the function around it, which is deprecated and warns at each
+    image; None where a version has it no more."""
+    import torchvision  # noqa: F401  (registers the operator)
+
+    return getattr(torch.ops.image, "decode_jpeg", None)
+
+
+def _by_pil(content: bytes, name: str, channels: int, window: tuple[int, int] | None) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as image:
+        check_pixels(image.size, name)
+        image.load()  # truncated files raise: PIL's LOAD_TRUNCATED_IMAGES is never set
+        image = to_channels(image, channels, window)
+    return np.asarray(image, dtype=np.uint8).reshape(*image.size[::-1], channels)
+
+
+def check_pixels(size: tuple[int, int], name: str) -> None:
+    """BadImage for an image of more than LIMIT pixels."""
+    if size[0] * size[1] > LIMIT:
+        text = f"{size[0]}x{size[1]} pixels are over the limit of {LIMIT:,}: a decompression bomb?"
+        raise BadImage.of(name, text)
+
+
+def jpeg_frame(content: bytes) -> tuple[int, int, int] | None:
+    """(width, height, components) from a JPEG's frame header; None if there is none to be found."""
+    if content[:3] != b"\xff\xd8\xff":
+        return None
+    at = 2
+    while at + 9 < len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if marker in FRAMES:
+            height, width = (int.from_bytes(content[at + i : at + i + 2], "big") for i in (5, 7))
+            return width, height, content[at + 9]
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return None
 
 
 def size_of(path: Path) -> tuple[int, int] | None:
@@ -86,21 +208,25 @@ def size_of(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
             return image.size
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
-def to_channels(image: Image.Image, channels: int) -> Image.Image:
+def to_channels(
+    image: Image.Image, channels: int, window: tuple[int, int] | None = None
+) -> Image.Image:
     """Mode L (one channel) or RGB (three) of an image of any mode.
 
-    Alpha, also of a palette or a colour key, is composited over white; 16-bit grey is divided by
-    257 and rounded; grey from colour is ITU-R 601 (PIL).
+    Alpha, also of a palette or a colour key, is composited over white; 16-bit grey is mapped
+    linearly from `window` to 0 to 255 and rounded; grey from colour is ITU-R 601 (PIL).
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
     if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(((wide + 128) // 257).clip(0, 255).astype(np.uint8))
+        low, high = window or (0, 65535)
+        wide = (np.asarray(image).astype(np.int64) - low) * 255
+        scaled = (wide + (high - low) // 2) // (high - low)
+        image = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -129,6 +129,12 @@ def class_labels(names: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...]]
     return labels.astype(np.int64), tuple(os.fsdecode(bytes(name)) for name in classes)
 
 
+def empty_classes(folder: Path, classes: tuple[str, ...]) -> list[str]:
+    """Sub-folders that would be classes if they held images."""
+    subs = (sub.name for sub in folder.iterdir() if sub.is_dir() and sub.name[:1] != ".")
+    return sorted(set(subs) - set(classes))
+
+
 def split_folder(folder: Path, split: str) -> Path | None:
     """Sub-folder of a split, the folder itself if it has no splits, or None if it lacks this one.
 

@@ -1,14 +1,16 @@
-"""The packed cache: a dataset decoded once to uint8 (n, C, H, W) in an .npy file, memory-mapped.
+"""The packed cache: a dataset decoded once to uint8 (n, H, W, C) in an .npy file, memory-mapped.
 
 The name carries a digest of the content and the settings; the .json beside it is written last, so
-a half-written cache is never taken. A row whose image is corrupt (`--data.on-error=skip`) holds
-the next row that decodes, which is also what the torchvision pipeline serves in its place.
+a half-written cache is never taken, and one that was killed goes on where it was. A row whose image
+is corrupt (`--data.on-error=skip`) holds the next row that decodes, which is also what every other
+pipeline serves in its place.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,47 +22,57 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines.images import BadImage
+from pipelines.journal import Journal
+from pipelines.order import shown
 from pipelines.settings import Data
 from pipelines.sources import Dataset
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 64
 """Images a thread decodes at a time."""
 
 
 class CacheUnusable(Exception):
-    """The cache folder cannot be written; the message names it and the setting."""
+    """The cache folder cannot be written, or holds a file of someone else's; the message names it
+    and the setting."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """images_NCHW: uint8, memory-mapped. rows: the row that each row shows, int64 (n,)."""
+    """images_NHWC: uint8, memory-mapped. rows: the row that each row shows, int64 (n,). skipped:
+    the corrupt rows and what is wrong with them."""
 
     path: Path
-    images_NCHW: np.ndarray
+    images_NHWC: np.ndarray
     rows: np.ndarray
-    skipped: tuple[str, ...]
+    skipped: dict[int, str]
+
+
+def cache_name(dataset: Dataset, data: Data, form: str) -> Path:
+    """Where what is made of a dataset at these settings lies, without suffix; `form`: what it is
+    and of which version."""
+    fit = dataset.fit
+    identity = [form, dataset.fingerprint(), *fit.stored, fit.crop, fit.window]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    name = f"{dataset.name}-{dataset.split}-{fit.side}x{fit.channels}-{digest}"
+    return data.cache_folder() / name
 
 
 def pack_path(dataset: Dataset, data: Data) -> Path:
     """Where the packed cache of a dataset at these settings lies, built or not."""
-    fit = dataset.fit
-    identity = [FORMAT, dataset.fingerprint(), *fit.shape, fit.crop]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    name = f"{dataset.name}-{dataset.split}-{fit.resolution}x{fit.channels}-{digest}.npy"
-    return data.cache_folder() / name
+    return cache_name(dataset, data, f"packed-{FORMAT}").with_suffix(".npy")
 
 
 def packed_bytes(dataset: Dataset) -> int:
     """Size of the packed images."""
-    return len(dataset) * math.prod(dataset.fit.shape)
+    return len(dataset) * math.prod(dataset.fit.stored)
 
 
 def open_pack(
@@ -72,42 +84,43 @@ def open_pack(
     """
     pack = load(path, dataset)
     if pack is None:
-        with _lock(path, say):
+        with lock(path, say):
             pack = load(path, dataset)
             if pack is None:
+                refuse_foreign(path)
                 _build(dataset, data, path, say, progress)
                 pack = load(path, dataset)
     if pack is None:
         raise CacheUnusable(f"{path} is not as it was written; remove it or change --data.cache")
     if pack.skipped and data.on_error == "stop":
-        raise BadImage(pack.skipped[0])
+        raise BadImage(next(iter(pack.skipped.values())))
     return pack
 
 
 def load(path: Path, dataset: Dataset) -> Pack | None:
     """The cache at a path, or None if it is absent, half-written or not of this shape."""
-    shape = (len(dataset), *dataset.fit.shape)
+    shape = (len(dataset), *dataset.fit.stored)
     try:
         about = json.loads(path.with_suffix(".json").read_text())
         if about["format"] != FORMAT or about["bytes"] != path.stat().st_size:
             return None
         # copy on write: torch wants writable memory, and nothing writes to it
-        images_NCHW = np.load(path, mmap_mode="c", allow_pickle=False)
+        images_NHWC = np.load(path, mmap_mode="c", allow_pickle=False)
         bad = {int(row): cause for row, cause in about["skipped"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if images_NCHW.shape != shape or images_NCHW.dtype != np.uint8:
+    if images_NHWC.shape != shape or images_NHWC.dtype != np.uint8:
         return None
-    return Pack(path, images_NCHW, _shown(len(dataset), bad), tuple(bad.values()))
+    return Pack(path, images_NHWC, shown(len(dataset), set(bad)), bad)
 
 
-def _shown(n: int, bad: dict[int, str]) -> np.ndarray:
-    """The row that each row shows, int64 (n,): itself, or for a bad one the next that is not."""
-    rows = np.arange(n)
-    for row in bad:
-        while rows[row] in bad:
-            rows[row] = (rows[row] + 1) % n
-    return rows
+def refuse_foreign(path: Path) -> None:
+    """CacheUnusable if a file is there that has no note of ours beside it."""
+    if path.exists() and not path.with_suffix(".json").exists():
+        raise CacheUnusable(
+            f"{path} is there but was not made here (no {path.stem}.json beside it): move it away "
+            "or name another folder by --data.cache"
+        )
 
 
 def _build(
@@ -115,62 +128,83 @@ def _build(
 ) -> None:
     """Decode everything to a temporary file, then give it its name; the lock is held."""
     n, size = len(dataset), packed_bytes(dataset)
-    temporary = path.with_suffix(".npy.tmp")
+    header = _header(n, dataset.fit.stored)
     began = time.perf_counter()
-    with _naming(path.parent):
-        free = shutil.disk_usage(path.parent).free
+    with naming(path.parent):
+        journal = Journal.open(path, header)
+    done = sum(fact["rows"] for fact in journal.facts)
+    try:
+        _check_space(path.parent, size * (n - done) // n)
+        where = f"from image {done:,} on, as a killed packing left it" if done else "once"
+        say(f"packing {n:,} images of {dataset.name} into {path} ({size / 1e6:,.0f} MB), {where}")
+        bad = _write(dataset, data, journal, progress)
+        with naming(path.parent):
+            journal.finish(header)
+        _mend(journal.path, len(header), shown(n, set(bad)), dataset)
+        publish(path, journal.path, dataset, {"format": FORMAT, "skipped": bad})
+    except Exception:
+        journal.remove()  # a kill leaves it, to go on from; what went wrong may have been mended
+        raise
+    journal.remove()
+    seconds = time.perf_counter() - began
+    say(f"packed {n:,} images in {seconds:,.1f} s ({(n - done) / seconds:,.0f} images/s)")
+
+
+def _header(n: int, stored: tuple[int, int, int]) -> bytes:
+    header = io.BytesIO()
+    about = {"descr": "|u1", "fortran_order": False, "shape": (n, *stored)}
+    np.lib.format.write_array_header_1_0(header, about)
+    return header.getvalue()
+
+
+def _check_space(folder: Path, size: int) -> None:
+    with naming(folder):
+        free = shutil.disk_usage(folder).free
         if free < size:
             text = f"{size / 1e6:,.0f} MB wanted, {free / 1e6:,.0f} MB free"
             raise OSError(errno.ENOSPC, text)
-    say(f"packing {n:,} images of {dataset.name} into {path} ({size / 1e6:,.0f} MB), once")
-    try:
-        with _naming(path.parent):
-            file = temporary.open("w+b")
-        with file:
-            bad = _write(dataset, data, file, progress)
-            with _naming(path.parent):
-                file.flush()
-                os.fsync(file.fileno())
-        _publish(dataset, path, temporary, bad)
-    finally:
-        temporary.unlink(missing_ok=True)
-    seconds = time.perf_counter() - began
-    say(f"packed {n:,} images in {seconds:,.1f} s ({n / seconds:,.0f} images/s)")
 
 
-def _write(dataset: Dataset, data: Data, file: BinaryIO, progress: bool) -> dict[int, str]:
-    """Write header and rows; return the bad rows with what is wrong, all of it in row order."""
-    n, row_bytes, bad = len(dataset), math.prod(dataset.fit.shape), {}
-    header = {"descr": "|u1", "fortran_order": False, "shape": (n, *dataset.fit.shape)}
-    np.lib.format.write_array_header_1_0(file, header)
-    start = file.tell()
-    with _bar(n, progress) as advance:
-        for pixels_NCHW, wrong in _decoded(dataset, data):
-            bad |= wrong
-            with _naming(data.cache_folder()):
+def _write(dataset: Dataset, data: Data, journal: Journal, progress: bool) -> dict[int, str]:
+    """Write the rows that are not yet there; return all bad rows with what is wrong, in order."""
+    n, done = len(dataset), sum(fact["rows"] for fact in journal.facts)
+    with bar(n, progress) as advance:
+        advance(done)
+        for pixels_NHWC, wrong in _decoded(dataset, data, done):
+            with naming(data.cache_folder()):
                 # write, not a memory map: on a full disk a map kills the process by SIGBUS
-                file.write(pixels_NCHW.data)
-            advance(len(pixels_NCHW))
+                journal.append(pixels_NHWC.data, rows=len(pixels_NHWC), bad=wrong)
+            advance(len(pixels_NHWC))
+    bad = {int(row): cause for fact in journal.facts for row, cause in fact["bad"].items()}
     if len(bad) == n:
         raise BadImage(f"every image of {dataset.name} is corrupt; the first: {bad[0]}")
-    shown = _shown(n, bad)
-    for row in bad:
-        with _naming(data.cache_folder()):
-            file.seek(start + int(shown[row]) * row_bytes)
-            pixels = file.read(row_bytes)
-            file.seek(start + row * row_bytes)
-            file.write(pixels)
     return bad
 
 
-def _decoded(dataset: Dataset, data: Data) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
-    """Chunks of decoded images in row order, a few ahead of the writer.
+def _mend(path: Path, start: int, shows: np.ndarray, dataset: Dataset) -> None:
+    """Put the next good image in the place of each bad one."""
+    row_bytes = math.prod(dataset.fit.stored)
+    with naming(path.parent), path.open("r+b") as file:
+        for row in np.flatnonzero(shows != np.arange(len(shows))):
+            file.seek(start + int(shows[row]) * row_bytes)
+            pixels = file.read(row_bytes)
+            file.seek(start + int(row) * row_bytes)
+            file.write(pixels)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _decoded(
+    dataset: Dataset, data: Data, begin: int
+) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
+    """Chunks of decoded images in row order from a row on, a few ahead of the writer.
 
     Threads: PIL lets go of the interpreter while it decodes and resizes, and there is no start-up
     and no copy between processes.
     """
     threads = max(1, data.workers)
-    chunks = (range(i, min(i + CHUNK, len(dataset))) for i in range(0, len(dataset), CHUNK))
+    n = len(dataset)
+    chunks = (range(i, min(i + CHUNK, n)) for i in range(begin, n, CHUNK))
     pending: deque[Future] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
@@ -185,40 +219,41 @@ def _decoded(dataset: Dataset, data: Data) -> Iterator[tuple[np.ndarray, dict[in
 
 
 def _decode_chunk(dataset: Dataset, rows: range, skip: bool) -> tuple[np.ndarray, dict[int, str]]:
-    pixels_NCHW = np.zeros((len(rows), *dataset.fit.shape), np.uint8)
+    pixels_NHWC = np.zeros((len(rows), *dataset.fit.stored), np.uint8)
     bad = {}
     for place, row in enumerate(rows):
         try:
-            pixels_NCHW[place] = dataset.decode(row)
+            pixels_NHWC[place] = dataset.decode(row)
         except BadImage as error:
             if not skip:
                 raise
             bad[row] = str(error)
-    return pixels_NCHW, bad
+    return pixels_NHWC, bad
 
 
-def _publish(dataset: Dataset, path: Path, temporary: Path, bad: dict[int, str]) -> None:
-    """Rename the images into place, then write the .json that makes them count."""
+def publish(path: Path, temporary: Path, dataset: Dataset, facts: dict[str, Any]) -> None:
+    """Rename a finished file into place, with the .json beside it that makes it count."""
     about = {
-        "format": FORMAT,
         "source": dataset.describe(0),
         "count": len(dataset),
         "bytes": temporary.stat().st_size,
-        "skipped": bad,
+        **facts,
     }
     note = path.with_suffix(".json.tmp")
-    with _naming(path.parent):
-        path.with_suffix(".json").unlink(missing_ok=True)
-        os.replace(temporary, path)
+    with naming(path.parent):
         with note.open("w") as file:
             json.dump(about, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        # the note first: a kill between the two leaves a note without its file, and no file without
+        # a note, which would pass for someone else's
+        path.unlink(missing_ok=True)
         os.replace(note, path.with_suffix(".json"))
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def _naming(folder: Path) -> Iterator[None]:
+def naming(folder: Path) -> Iterator[None]:
     """Turn an error of the cache's disk into one that names the folder and the setting."""
     try:
         yield
@@ -231,13 +266,13 @@ def _naming(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One builder at a time. flock: the kernel lets go of it when a builder is killed."""
-    with _naming(path.parent):
+    with naming(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_suffix(".lock").open("w")
     with file:
-        with _naming(path.parent):
+        with naming(path.parent):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -247,12 +282,12 @@ def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
+def bar(total: int, progress: bool, doing: str = "packing") -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal; elsewhere nothing, the lines before and after suffice."""
     if not (progress and sys.stderr.isatty()):
         yield lambda _: None
         return
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("packing", total=total)
-        yield lambda count: bar.advance(task, count)
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown_bar:
+        task = shown_bar.add_task(doing, total=total)
+        yield lambda count: shown_bar.advance(task, count)

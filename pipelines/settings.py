@@ -11,7 +11,9 @@ class Data:
     """Dataset and pipeline."""
 
     name: str = "digits"
-    """Dataset: digits, mnist, fashion_mnist, cifar10, celeba, folder or synthetic."""
+    """Dataset: digits, mnist, fashion_mnist, cifar10, celeba, lsun, birds, horse2zebra, facades,
+    folder (also a zip or tar shards), unpaired (trainA, trainB), pairs (side by side), tiles (cut
+    from large images) or synthetic."""
     resolution: int = 64
     """Height and width in pixels; images are resized (shorter side) and centre-cropped to it."""
     channels: Literal[1, 3] = 3
@@ -20,16 +22,27 @@ class Data:
     """Images per iteration over all ranks together."""
     crop: int | None = None
     """Centre crop in source pixels before resizing; none takes the largest centred square."""
+    load: int | None = None
+    """Side to which images are resized before a random square of `resolution` is cut from them."""
+    window: tuple[int, int] | None = None
+    """Values of 16-bit grey pixels that become black and white; none takes 0 and 65535."""
+    scale: int | None = None
+    """Hand out each image also smaller by this factor (bicubic, antialiased), as its pair."""
+    balanced: bool = False
+    """Show all classes equally often."""
     flip: bool = False
     """Mirror each image with probability one half."""
     root: Path | None = None
     """Folder that holds the datasets; default: the variable SADDLE_DATA, else ./data."""
     path: Path | None = None
     """Folder of this very dataset, in place of its usual place under root (needed for `folder`)."""
-    pipeline: Literal["auto", "resident", "torchvision"] = "auto"
-    """resident decodes once into a packed uint8 cache; torchvision decodes each image each time."""
+    pipeline: Literal["auto", "resident", "dali", "ffcv", "torchvision", "synthetic"] = "auto"
+    """resident decodes once into a packed uint8 cache, ffcv into a .beton; dali and torchvision
+    decode each image each time; synthetic is one batch of noise, to measure speed without data."""
+    beton: Literal["raw", "jpeg"] = "raw"
+    """Form of ffcv's .beton: pixels at the stored size, or JPEGs that are decoded each time."""
     workers: int = 2
-    """Decoding processes (torchvision) or threads (building the resident cache)."""
+    """Decoding processes (torchvision) or threads (all others)."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do at a corrupt image: stop and name it, or skip and count it."""
     download: bool = False

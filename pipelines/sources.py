@@ -1,4 +1,4 @@
-"""What a dataset is to a pipeline: rows that decode to uint8 (C, H, W), from whatever source.
+"""What a dataset is to a pipeline: rows that decode to uint8 (H, W, C), from whatever source.
 
 Sources pickle small (names are one byte array, no list of strings), because each worker process
 of the torchvision pipeline holds one.
@@ -6,14 +6,32 @@ of the torchvision pipeline holds one.
 
 import hashlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from pipelines.images import Fit, read, size_of
+from pipelines.images import Box, Fit, Unreadable, size_of, to_channels
+
+ENDS = 8192, 64
+"""Bytes of a file's beginning and end that tell what it is and whether it is whole."""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Texts of each row as numbers of words.
+
+    tokens_NKL: int16, K captions of at most L words a row, 0 after the last. lengths_NK: int16.
+    words: what each number means; words[0] is the end.
+    """
+
+    tokens_NKL: np.ndarray
+    lengths_NK: np.ndarray
+    words: tuple[str, ...]
 
 
 @dataclass
@@ -22,7 +40,8 @@ class Dataset(ABC):
 
     labels: int64 (n,) or None. classes: their names, or (). note: what a user should know about
     this copy ("subset: 8,000 of 202,599 images"), or "". attributes: uint8 (n, a) of 0 and 1, or
-    None; attribute_names: theirs.
+    None; attribute_names: theirs. captions: of each row, or None. second: the images of another
+    domain, which go with these in no order, or None.
     """
 
     name: str
@@ -33,6 +52,13 @@ class Dataset(ABC):
     note: str = ""
     attributes: np.ndarray | None = field(default=None, kw_only=True)
     attribute_names: tuple[str, ...] = field(default=(), kw_only=True)
+    captions: Captions | None = field(default=None, kw_only=True)
+    second: "Dataset | None" = field(default=None, kw_only=True)
+
+    @property
+    def images(self) -> int:
+        """Images in an epoch: of the larger domain, if there are two."""
+        return max(len(self), len(self.second) if self.second else 0)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -40,7 +66,8 @@ class Dataset(ABC):
 
     @abstractmethod
     def decode(self, row: int) -> np.ndarray:
-        """uint8 (C, H, W); raises BadImage naming the file, ValueError if the crop is too large."""
+        """uint8 `fit.stored`; raises BadImage naming the file, ValueError if the crop is too
+        large."""
 
     @abstractmethod
     def describe(self, row: int) -> str:
@@ -50,9 +77,40 @@ class Dataset(ABC):
     def fingerprint(self) -> str:
         """Hex digest of what identifies the content, before any resizing."""
 
+    def identity(self) -> str:
+        """Fingerprint of the whole, a second domain included."""
+        if self.second is None:
+            return self.fingerprint()
+        both = self.fingerprint() + self.second.fingerprint()
+        return hashlib.sha256(both.encode()).hexdigest()
+
 
 @dataclass
-class FileSet(Dataset):
+class EncodedSet(Dataset):
+    """Encoded image files. boxes: int32 (n, 4), the part of each image that counts (left, top,
+    right, bottom), or None."""
+
+    boxes: np.ndarray | None = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def encoded(self, row: int) -> bytes:
+        """The file's content; raises Unreadable naming it."""
+
+    def ends(self, row: int) -> tuple[int, bytes, bytes]:
+        """Size in bytes, first and last bytes (ENDS) of a file."""
+        content = self.encoded(row)
+        return len(content), content[: ENDS[0]], content[-ENDS[1] :]
+
+    def box(self, row: int) -> Box | None:
+        """The part of a row's image that counts."""
+        return None if self.boxes is None else tuple(int(edge) for edge in self.boxes[row])
+
+    def decode(self, row: int) -> np.ndarray:
+        return self.fit(self.encoded(row), self.describe(row), self.box(row))
+
+
+@dataclass
+class FileSet(EncodedSet):
     """Image files; names are paths relative to `folder`, a numpy array of bytes (n,)."""
 
     folder: Path = Path()
@@ -62,7 +120,7 @@ class FileSet(Dataset):
         """Find an impossible crop now, from the first header, and not after the compile."""
         size = None if self.fit.crop is None else size_of(self.path(0))
         if size is not None:
-            self.fit.crop_of(size, self.describe(0))
+            self.fit.squares(size, self.describe(0), self.box(0))
 
     def path(self, row: int) -> Path:
         """Where the image of a row lies."""
@@ -71,44 +129,70 @@ class FileSet(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def decode(self, row: int) -> np.ndarray:
-        path = self.path(row)
-        return self.fit(read(path, self.fit.channels), str(path))
+    def encoded(self, row: int) -> bytes:
+        try:
+            with _open(self.path(row)) as file:
+                return file.read()
+        except OSError as error:
+            raise Unreadable.of(self.path(row), error) from error
+
+    def ends(self, row: int) -> tuple[int, bytes, bytes]:
+        try:
+            with _open(self.path(row)) as file:
+                size = os.fstat(file.fileno()).st_size
+                head = os.pread(file.fileno(), ENDS[0], 0)
+                return size, head, os.pread(file.fileno(), ENDS[1], max(size - ENDS[1], 0))
+        except OSError as error:
+            raise Unreadable.of(self.path(row), error) from error
 
     def describe(self, row: int) -> str:
         return str(self.path(row))
 
     def fingerprint(self) -> str:
         """From names, sizes and modification times: 200,000 files take about a second."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"" if self.boxes is None else self.boxes.tobytes())
         for name in self.names:
-            stat = os.stat(os.path.join(os.fsencode(self.folder), bytes(name)))
-            digest.update(b"%s\0%d\0%d\n" % (bytes(name), stat.st_size, stat.st_mtime_ns))
+            try:
+                found = os.stat(os.path.join(os.fsencode(self.folder), bytes(name)))
+            except OSError:  # a link to nowhere, say: reading it will tell
+                digest.update(b"%s\0none\n" % bytes(name))
+                continue
+            digest.update(b"%s\0%d\0%d\n" % (bytes(name), found.st_size, found.st_mtime_ns))
         return digest.hexdigest()
+
+
+def _open(path: Path) -> BinaryIO:
+    """A regular file, unbuffered: anything else, as a pipe, may wait for ever. Raises OSError."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError("not a regular file")
+    return os.fdopen(number, "rb", buffering=0)
 
 
 @dataclass
 class ArraySet(Dataset):
-    """Images that already are one array, uint8 (n, C, H, W)."""
+    """Images that already are one array, uint8 (n, H, W, C)."""
 
-    images_NCHW: np.ndarray = None
+    images_NHWC: np.ndarray = None
 
     def __len__(self) -> int:
-        return len(self.images_NCHW)
+        return len(self.images_NHWC)
 
     def decode(self, row: int) -> np.ndarray:
-        pixels_CHW = self.images_NCHW[row]
-        if pixels_CHW.shape == self.fit.shape and self.fit.crop in (None, self.fit.resolution):
-            return pixels_CHW
-        pixels = pixels_CHW[0] if len(pixels_CHW) == 1 else pixels_CHW.transpose(1, 2, 0)
-        return self.fit(Image.fromarray(pixels), self.describe(row))
+        pixels_HWC, channels = self.images_NHWC[row], self.fit.channels
+        if pixels_HWC.shape[2] != channels:
+            grey = Image.fromarray(pixels_HWC.squeeze())
+            image = to_channels(grey, channels)
+            pixels_HWC = np.asarray(image).reshape(*image.size[::-1], channels)
+        return self.fit.resized(pixels_HWC, self.describe(row))
 
     def describe(self, row: int) -> str:
         return f"{self.name} {self.split} image {row}"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self.images_NCHW.shape).encode())
-        digest.update(np.ascontiguousarray(self.images_NCHW).data)
+        digest = hashlib.sha256(repr(self.images_NHWC.shape).encode())
+        digest.update(np.ascontiguousarray(self.images_NHWC).data)
         return digest.hexdigest()
 
 
@@ -131,7 +215,7 @@ class Synthetic(Dataset):
 
     def decode(self, row: int) -> np.ndarray:
         rng = np.random.default_rng([20, self.start + row])
-        side = (np.arange(self.fit.resolution) + 0.5) / self.fit.resolution
+        side = (np.arange(self.fit.side) + 0.5) / self.fit.side
         x_W, y_H = side[None, :], side[:, None]
         turn = 2 * np.pi * (self.labels[row] / 10)
         centre_x, centre_y = 0.5 + 0.22 * np.array([np.cos(turn), np.sin(turn)])
@@ -143,7 +227,7 @@ class Synthetic(Dataset):
         hue = 0.5 + 0.5 * np.cos(turn + 2 * np.pi * np.arange(3) / 3)
         colour = hue if self.fit.channels == 3 else np.array([1.0])
         pixels = ramp[None] * (1 - blob) + colour[:, None, None] * blob
-        return np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
+        return np.round(255 * pixels.clip(0, 1)).astype(np.uint8).transpose(1, 2, 0)
 
     def describe(self, row: int) -> str:
         return f"synthetic {self.split} image {row}"

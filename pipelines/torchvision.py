@@ -6,76 +6,28 @@ the finalizer when it is not called, or a watch on the parent when that is kille
 """
 
 import contextlib
-import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import (
     active_children,
     get_context,
-    parent_process,
     resource_tracker,
     set_forkserver_preload,
 )
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipelines.batch import Clock
-from pipelines.feed import HostFed
-from pipelines.images import BadImage
+from pipelines.feed import HostFed, Spec
+from pipelines.index import open_index
 from pipelines.order import Order
-from pipelines.settings import Data
-from pipelines.sources import Dataset
-
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
-
-
-class Decoded(NamedTuple):
-    """What a worker hands over; an error travels as a value, to be raised without its trace."""
-
-    images_NCHW: Tensor
-    rows_N: Tensor
-    skipped: dict[int, str]
-    error: Exception | None
-
-
-class Decoder:
-    """The DataLoader's dataset: a list of rows to one Decoded."""
-
-    def __init__(self, dataset: Dataset, skip: bool) -> None:
-        self.dataset, self.skip = dataset, skip
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, rows: list[int]) -> Decoded:
-        pixels_NCHW = np.zeros((len(rows), *self.dataset.fit.shape), np.uint8)
-        shown, skipped, error = np.array(rows, np.int64), {}, None
-        try:
-            for place, row in enumerate(rows):
-                pixels_NCHW[place], shown[place] = self._decode(row, skipped)
-        # an unreadable disk and an impossible crop, beside a corrupt image
-        except (BadImage, OSError, ValueError) as caught:
-            error = caught
-        return Decoded(torch.from_numpy(pixels_NCHW), torch.from_numpy(shown), skipped, error)
-
-    def _decode(self, row: int, skipped: dict[int, str]) -> tuple[np.ndarray, int]:
-        """Pixels of a row, or of the next that decodes, as in the packed cache."""
-        for step in range(len(self.dataset)):
-            shown = (row + step) % len(self.dataset)
-            try:
-                return self.dataset.decode(shown), shown
-            except BadImage as error:
-                if not self.skip:
-                    raise
-                skipped[shown] = str(error)
-        raise BadImage(f"every image of {self.dataset.name} is corrupt; one: {skipped[row]}")
+from pipelines.resident import say_skipped
+from pipelines.sources import EncodedSet
+from pipelines.workers import SIGNALS, Decoder, as_it_is, begin_worker
 
 
 class Slices:
@@ -98,19 +50,14 @@ class Torchvision(HostFed):
 
     name = "torchvision"
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        data: Data,
-        clock: Clock,
-        seed: int,
-        key: Tensor,
-        memory_format: torch.memory_format,
-        say: Callable[[str], None],
-    ) -> None:
-        super().__init__(dataset, data, clock, key, memory_format)
-        self._say, self._bad = say, set()
-        self._slices = Slices(Order(len(dataset), seed), clock)
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        dataset, data, clock = spec.dataset, spec.data, spec.clock
+        known = open_index(dataset, data).bad if isinstance(dataset, EncodedSet) else {}
+        say_skipped(known, spec.say)
+        spec.order.replace(known)
+        self._bad, self.skipped = set(known), len(known)
+        self._slices = Slices(spec.order, clock)
         options = {}
         if data.workers:
             # fork is unsafe beside CUDA and threads; spawn imports torch in each worker (3.5 s for
@@ -119,12 +66,12 @@ class Torchvision(HostFed):
             options = {
                 "multiprocessing_context": get_context("forkserver"),
                 "persistent_workers": True,
-                "worker_init_fn": _begin_worker,
+                "worker_init_fn": begin_worker,
             }
         self._loader = DataLoader(
             Decoder(dataset, data.on_error == "skip"),
             batch_sampler=self._slices,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=data.workers,
             pin_memory=clock.device.type == "cuda",
             **options,
@@ -149,32 +96,14 @@ class Torchvision(HostFed):
         for row, cause in decoded.skipped.items():
             if row not in self._bad:
                 self._bad.add(row)
-                self._say(f"corrupt image skipped: {cause}")
+                self.spec.say(f"corrupt image skipped: {cause}")
         self.skipped = len(self._bad)
-        return decoded.images_NCHW, decoded.rows_N
+        return decoded.images_NHWC, decoded.rows_N
 
     def close(self) -> None:
         """Stop the workers: the iterator does when nothing refers to it; what is left is killed."""
         self._iterator = self._loader = None
         self._kill()
-
-
-def _as_it_is(decoded: Decoded) -> Decoded:
-    return decoded
-
-
-def _begin_worker(_worker: int) -> None:
-    """In a worker: ignore the signals, which are the parent's affair, and leave when it is gone."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """torch watches the parent process id, which here is the fork server's: that one lives as long
-    as a worker does, so both would outlive a killed parent for ever (seen with torch 2.15)."""
-    parent_process().join()
-    os._exit(1)
 
 
 def _kill(workers: list[BaseProcess]) -> None:

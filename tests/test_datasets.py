@@ -1,6 +1,7 @@
 """Datasets: every layout on tiny files, odd image modes, broken files, and what a user is told."""
 
 import gzip
+import io
 import os
 import pickle
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 from pipelines import datasets
 from pipelines.datasets import BadImage, DatasetMissing, NoSplit, find
-from pipelines.images import Fit, read
+from pipelines.images import Fit, Unreadable, decode
 from pipelines.settings import Data
 
 REAL = os.environ.get("SADDLE_DATA")
@@ -29,6 +30,11 @@ def save(path: Path, pixels: np.ndarray | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(noise(10, 12, 3) if pixels is None else pixels).save(path)
     return path
+
+
+def read(path: Path, channels: int) -> np.ndarray:
+    """uint8 (H, W, C) of a file."""
+    return decode(path.read_bytes(), str(path), channels)
 
 
 def write_idx(path: Path, array: np.ndarray, packed: bool) -> None:
@@ -54,9 +60,9 @@ def test_idx_files(tmp_path, name, packed):
     assert find(data, "test").note == "subset: 5 of 10,000 images"
     assert dataset.labels.dtype == np.int64 and dataset.labels.tolist() == [3, 1, 4, 1, 5]
     assert len(dataset.classes) == 10
-    assert np.array_equal(dataset.decode(2), images[2][None])  # untouched at its own size
+    assert np.array_equal(dataset.decode(2), images[2][..., None])  # untouched at its own size
     colour = find(Data(name=name, path=folder, resolution=32, channels=3)).decode(2)
-    assert colour.shape == (3, 32, 32) and np.array_equal(colour[0], colour[2])
+    assert colour.shape == (32, 32, 3) and np.array_equal(colour[..., 0], colour[..., 2])
 
 
 def test_broken_idx_is_named(tmp_path):
@@ -92,7 +98,7 @@ def test_cifar_batches(tmp_path, place):
     dataset = find(data)
     assert len(dataset) == 15 and dataset.labels[:6].tolist() == [0, 0, 9, 1, 1, 9]
     assert dataset.classes[9] == "truck" and len(find(data, "test")) == 3
-    assert np.array_equal(dataset.decode(4), images[4].reshape(3, 32, 32))
+    assert np.array_equal(dataset.decode(4), images[4].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 def test_cifar_unpickler_imports_nothing_but_arrays(tmp_path):
@@ -198,7 +204,7 @@ def test_links_that_lead_back_end(tmp_path):
 
 def test_digits_and_synthetic():
     digits = find(Data(name="digits", resolution=16, channels=3))
-    assert len(digits) == 1797 and digits.decode(0).shape == (3, 16, 16)
+    assert len(digits) == 1797 and digits.decode(0).shape == (16, 16, 3)
     small = find(Data(name="digits", resolution=8, channels=1))
     assert max(small.decode(i).max() for i in range(20)) == 255
     with pytest.raises(NoSplit, match="1,797"):
@@ -206,7 +212,7 @@ def test_digits_and_synthetic():
     for channels in (1, 3):
         data = Data(name="synthetic", resolution=20, channels=channels)
         train, test = find(data), find(data, "test")
-        assert train.decode(7).shape == (channels, 20, 20)
+        assert train.decode(7).shape == (20, 20, channels)
         assert np.array_equal(train.decode(7), find(data).decode(7))
         assert not np.array_equal(train.decode(7), test.decode(7))
         assert train.fingerprint() != test.fingerprint() and len(train.classes) == 10
@@ -215,13 +221,29 @@ def test_digits_and_synthetic():
 def test_fit_crops_the_centre_and_resizes():
     pixels = np.zeros((20, 30, 3), np.uint8)
     pixels[5:15, 10:20] = 200
-    image = Image.fromarray(pixels)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    image = content.getvalue()
     assert (Fit(10, 3, crop=10)(image, "x") == 200).all()
     assert (Fit(4, 1, crop=10)(image, "x") == 200).all()
-    assert Fit(20, 3)(image, "x").shape == (3, 20, 20)  # the largest centred square
-    assert Fit(20, 3)(image, "x")[:, 5:15, 5:15].min() == 200
+    assert Fit(20, 3)(image, "x").shape == (20, 20, 3)  # the largest centred square
+    assert Fit(20, 3)(image, "x")[5:15, 5:15].min() == 200
+    assert Fit(5, 3)(image, "x", (10, 5, 20, 15)).min() == 200  # of the box alone
     with pytest.raises(ValueError, match=r"data\.crop=21 is larger than x \(30x20\)"):
         Fit(4, 1, crop=21)(image, "x")
+
+
+@pytest.mark.parametrize("size", [(178, 218), (89, 109), (500, 375), (40, 64)])
+def test_resizing_is_pillows_to_one_level(size):
+    pixels = noise(size[1], size[0], 3)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", quality=90)
+    got = Fit(64, 3)(content.getvalue(), "x").astype(int)
+    with Image.open(content) as image:
+        left, top = (image.width - min(size)) // 2, (image.height - min(size)) // 2
+        square = image.crop((left, top, left + min(size), top + min(size)))
+        wanted = np.asarray(square.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(got - wanted).max() <= 1 and np.abs(got - wanted).mean() < 0.05
 
 
 def test_a_crop_that_cannot_be_is_found_at_once(tmp_path):
@@ -261,11 +283,11 @@ def shades(tmp_path: Path) -> dict[str, tuple[Image.Image, tuple[int, int, int]]
 def test_every_mode_becomes_the_channels_asked_for(tmp_path):
     for name, (image, colour) in shades(tmp_path).items():
         image.save(tmp_path / name, **image.info)
-        rgb = np.asarray(read(tmp_path / name, 3))
+        rgb = read(tmp_path / name, 3)
         assert rgb.shape[2] == 3 and np.abs(rgb[2, 2].astype(int) - colour).max() <= 2, name
-        grey = np.asarray(read(tmp_path / name, 1))
+        grey = read(tmp_path / name, 1)
         expected = np.dot(colour, (0.299, 0.587, 0.114))
-        assert grey.ndim == 2 and abs(int(grey[2, 2]) - expected) <= 2, name
+        assert grey.shape[2] == 1 and abs(int(grey[2, 2, 0]) - expected) <= 2, name
 
 
 def test_floating_point_images_are_refused(tmp_path):
@@ -278,7 +300,7 @@ def test_orientation_is_not_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(noise(6, 9, 3)).save(tmp_path / "e.jpg", exif=exif)
-    assert read(tmp_path / "e.jpg", 3).size == (9, 6)
+    assert read(tmp_path / "e.jpg", 3).shape == (6, 9, 3)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp", "gif"])
@@ -296,8 +318,10 @@ def test_files_that_are_no_images_raise(tmp_path):
         read(tmp_path / "empty.jpg", 3)
     with pytest.raises(BadImage, match=r"text\.jpg: not an image"):
         read(tmp_path / "text.jpg", 3)
-    with pytest.raises(FileNotFoundError):  # the disk's fault, and never skipped
-        read(tmp_path / "gone.jpg", 3)
+    gone = find(Data(name="folder", path=tmp_path))
+    (tmp_path / "text.jpg").unlink()
+    with pytest.raises(Unreadable, match=r"text\.jpg: No such file .*did the data folder change"):
+        gone.decode(1)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "celeba", "folder"])
@@ -375,7 +399,7 @@ def test_real_sets(name, count, resolution, channels):
     assert len(dataset) >= count
     rows = np.linspace(0, len(dataset) - 1, 16).astype(int)
     images = np.stack([dataset.decode(int(row)) for row in rows])
-    assert images.shape == (16, channels, resolution, resolution)
+    assert images.shape == (16, resolution, resolution, channels)
     assert images.std() > 30 and dataset.fingerprint()
 
 
@@ -388,4 +412,4 @@ def test_real_grey_files_become_colour():
     modes = [Image.open(dataset.path(i)).mode for i in range(len(dataset))]
     grey = [dataset.decode(i) for i, mode in enumerate(modes) if mode == "L"]
     assert len(grey) == 7
-    assert all(image.shape == (3, 64, 64) and (image == image[:1]).all() for image in grey)
+    assert all(image.shape == (64, 64, 3) and (image == image[..., :1]).all() for image in grey)

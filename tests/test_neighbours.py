@@ -26,7 +26,8 @@ def opened(data: Data) -> tuple[Dataset, Neighbours]:
 
 
 def images_of(dataset: Dataset, rows: range) -> torch.Tensor:
-    return torch.from_numpy(np.stack([dataset.decode(r) for r in rows])).float() / 127.5 - 1
+    stored_NHWC = np.stack([dataset.decode(r) for r in rows])
+    return torch.from_numpy(dataset.fit.shown(stored_NHWC)).float() / 127.5 - 1
 
 
 @pytest.mark.parametrize(("channels", "resolution"), [(1, 8), (3, 32), (3, 48), (1, 64)])
@@ -94,9 +95,9 @@ def test_samples_that_are_not_finite_do_not_stop_a_run() -> None:
 
 def test_a_search_is_cheap(monkeypatch) -> None:
     monkeypatch.setattr("engine.neighbours.DECODED", 20_000)
-    pixels_NCHW = np.random.default_rng(0).integers(0, 256, (20_000, 1, 32, 32), dtype=np.uint8)
+    pixels_NHWC = np.random.default_rng(0).integers(0, 256, (20_000, 32, 32, 1), dtype=np.uint8)
     fit = find(Data("synthetic", 32, 1)).fit
-    dataset = ArraySet("synthetic", "train", fit, None, (), "", pixels_NCHW)
+    dataset = ArraySet("synthetic", "train", fit, None, (), "", pixels_NHWC)
     neighbours = Neighbours(dataset, Data("synthetic", 32, 1), CPU)
     assert len(neighbours) == 20_000
     took = []

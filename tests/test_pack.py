@@ -13,8 +13,10 @@ from PIL import Image
 
 from pipelines import pack
 from pipelines.datasets import find
-from pipelines.pack import CacheUnusable, pack_path
+from pipelines.journal import Journal
+from pipelines.pack import FORMAT, CacheUnusable, pack_path
 from pipelines.settings import Data
+from pipelines.sources import FileSet
 from tests.batches import clock_of, opened
 
 
@@ -39,26 +41,74 @@ def test_the_cache_is_taken_and_follows_content_and_settings(data):
     assert len(keys) == 5
 
 
-@pytest.mark.parametrize("damage", ["short", "no json", "half json", "other json", "other shape"])
+@pytest.mark.parametrize("damage", ["short", "half json", "other json", "other shape"])
 def test_a_half_written_cache_is_not_taken(data, damage):
     path = packed(data)
     good, about = path.read_bytes(), path.with_suffix(".json")
     if damage == "short":
         path.write_bytes(good[:-1])
-    elif damage == "no json":
-        about.unlink()
     elif damage == "half json":
         about.write_text(about.read_text()[:20])
     elif damage == "other json":
         about.write_text("[]")
     else:
-        np.save(path, np.zeros((22, 3, 12, 13), np.uint8))
-        about.write_text(json.dumps({"format": 1, "bytes": path.stat().st_size, "skipped": {}}))
-    path.with_suffix(".npy.tmp").write_bytes(b"left by a killed builder")
+        np.save(path, np.zeros((22, 12, 13, 3), np.uint8))
+        about.write_text(
+            json.dumps({"format": FORMAT, "bytes": path.stat().st_size, "skipped": {}})
+        )
+    Path(f"{path}.part").write_bytes(b"left by a killed builder")
     lines = []
     opened(replace(data, pipeline="resident"), clock_of(data), lines.append)
     assert lines[0].startswith("packing 22 images")
-    assert path.read_bytes() == good and not list(data.cache.glob("*.tmp"))
+    assert path.read_bytes() == good and not list(data.cache.glob("*.part*"))
+
+
+def test_what_was_not_made_here_is_not_overwritten(data):
+    path = packed(data)
+    path.with_suffix(".json").unlink()
+    path.write_bytes(b"someone's")
+    with pytest.raises(CacheUnusable, match=r"was not made here .*--data\.cache"):
+        opened(replace(data, pipeline="resident"), clock_of(data))
+    assert path.read_bytes() == b"someone's"
+
+
+class Killed(BaseException):
+    """Ends a packing as a kill does: nothing is tidied up."""
+
+
+@pytest.mark.parametrize("damage", ["none", "torn payload", "torn journal", "other bytes"])
+def test_a_killed_packing_goes_on_where_it_was(data, monkeypatch, damage):
+    whole = packed(replace(data, cache=data.cache / "whole")).read_bytes()
+    monkeypatch.setattr(pack, "CHUNK", 4)
+    decode, seen = FileSet.decode, []
+
+    def dying(self, row: int) -> np.ndarray:
+        seen.append(row)
+        if len(seen) == 14:
+            raise Killed
+        return decode(self, row)
+
+    monkeypatch.setattr(FileSet, "decode", dying)
+    with pytest.raises(Killed):
+        opened(replace(data, pipeline="resident"), clock_of(data))
+    part = next(data.cache.glob("*.part"))
+    journal = Path(f"{part}.jsonl")
+    assert len(journal.read_text().splitlines()) == 3
+    if damage == "torn payload":
+        os.truncate(part, part.stat().st_size - 7)
+    elif damage == "torn journal":
+        os.truncate(journal, journal.stat().st_size - 3)
+    elif damage == "other bytes":
+        with part.open("r+b") as file:
+            file.seek(-5, 2)
+            file.write(b"other")
+    seen, lines = [], []
+    seen += range(20)  # past the end of the first one's life
+    opened(replace(data, pipeline="resident"), clock_of(data), lines.append)
+    kept = 12 if damage == "none" else 8
+    assert f"from image {kept} on" in lines[0] and sorted(seen[20:]) == list(range(kept, 22))
+    assert pack_path(find(data), data).read_bytes() == whole
+    assert not list(data.cache.glob("*.part*"))
 
 
 def test_one_process_builds_while_others_wait(data, monkeypatch):
@@ -80,7 +130,7 @@ def test_one_process_builds_while_others_wait(data, monkeypatch):
         thread.join()
     assert sum(line.startswith("packing") for line in lines) == 1
     assert sum(line.startswith("waiting for another process") for line in lines) == 2
-    assert len({one.images_NCHW.tobytes() for one in found}) == 1 and len(found) == 3
+    assert len({one.images_NHWC.tobytes() for one in found}) == 1 and len(found) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_named(data, monkeypatch):
@@ -97,10 +147,14 @@ def test_a_cache_that_cannot_be_written_is_named(data, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_packing_is_named(data, monkeypatch):
-    def fill(file: object, _header: object) -> None:
-        os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+    begin = Journal.open
 
-    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", fill)
+    def full(target: Path, header: bytes) -> Journal:
+        journal = begin(target, header)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), journal._file.fileno())
+        return journal
+
+    monkeypatch.setattr(Journal, "open", full)
     with pytest.raises(CacheUnusable, match=r"No space left on device; --data\.cache"):
         opened(replace(data, pipeline="resident"), clock_of(data))
     assert not list(data.cache.glob("*.npy*"))

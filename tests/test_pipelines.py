@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,13 +15,13 @@ from kernels import philox
 from pipelines import resident
 from pipelines.batch import Batch, Clock
 from pipelines.datasets import find
-from pipelines.finish import FLIP, finish
+from pipelines.finish import CORNER, FLIP, Finish, smaller
 from pipelines.images import BadImage
 from pipelines.open import open_pipeline
 from pipelines.order import Order
 from pipelines.pack import pack_path
 from pipelines.settings import Data
-from tests.batches import KEY, clock_of, opened, some
+from tests.batches import CPU, KEY, clock_of, opened, some
 
 
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
@@ -64,20 +65,55 @@ def test_a_window_covers_and_keeps_its_length(count):
     assert len(lengths) == 1
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_finish_matches_its_formula(memory_format):
-    images_NCHW = torch.randint(0, 256, (64, 3, 6, 6), dtype=torch.uint8)
-    position_N = torch.arange(1000, 1064)
+def finisher(data: Data, key: torch.Tensor = KEY) -> Finish:
+    """The finishing step of a dataset."""
+    return Finish(find(data), data, key, CPU)
+
+
+def finished(images_NHWC: torch.Tensor, data: Data, position_N: torch.Tensor) -> Batch:
+    """These very images, finished."""
+    finish = finisher(data)
+    finish.ready(Clock(len(images_NHWC), CPU, int(position_N[0])))
+    return finish(images_NHWC, *[torch.arange(len(images_NHWC))] * 2, position_N)
+
+
+def test_finish_matches_its_formula(data):
+    images_NHWC = torch.randint(0, 256, (20, 12, 12, 3), dtype=torch.uint8)
+    position_N = torch.arange(1000, 1020)
     mask_N = philox.uniform(KEY, FLIP, position_N, 1)[:, 0] < 0.5
-    assert 15 < int(mask_N.sum()) < 49
-    wanted = images_NCHW.clone()
-    wanted[mask_N] = wanted[mask_N].flip(3)
-    got = finish(images_NCHW, position_N, KEY, True, memory_format)
-    assert torch.equal(got, wanted.float() / 127.5 - 1)
-    assert got.is_contiguous(memory_format=memory_format) and got.dtype == torch.float32
-    assert torch.equal(finish(images_NCHW, position_N, KEY, False), images_NCHW / 127.5 - 1)
-    extremes = finish(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), position_N[:1], KEY, False)
-    assert extremes.flatten().tolist() == [-1.0, 1.0]
+    assert 4 < int(mask_N.sum()) < 16
+    wanted = images_NHWC.clone()
+    wanted[mask_N] = wanted[mask_N].flip(2)
+    wanted = wanted.permute(0, 3, 1, 2)
+    got = finished(images_NHWC, data, position_N).images_NCHW
+    assert torch.equal(got, (wanted.float() - 127.5) * (1 / 127.5))
+    assert torch.allclose(got, wanted / 127.5 - 1, atol=1e-7)
+    assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == torch.float32
+    plain = finished(images_NHWC, replace(data, flip=False), position_N).images_NCHW
+    assert torch.equal(plain, (images_NHWC.permute(0, 3, 1, 2).float() - 127.5) * (1 / 127.5))
+
+
+def test_a_random_square_is_cut_at_the_place_of_its_draw(data):
+    data = replace(data, load=17, flip=False)
+    images_NHWC = torch.randint(0, 256, (64, 17, 17, 3), dtype=torch.uint8)
+    position_N = torch.arange(500, 564)
+    finish = finisher(data)
+    finish.ready(Clock(64, CPU, 500))
+    rows_N = torch.arange(64) % 22
+    got = finish(images_NHWC, torch.arange(64), rows_N, position_N).images_NCHW
+    corner_N2 = (philox.uniform(KEY, CORNER, position_N, 2) * 6).long()
+    assert corner_N2.min() == 0 and corner_N2.max() == 5  # every place is reached, none beyond
+    for i, (top, left) in enumerate(corner_N2.tolist()):
+        cut = images_NHWC[i, top : top + 12, left : left + 12].permute(2, 0, 1)
+        assert torch.equal(got[i], (cut.float() - 127.5) * (1 / 127.5))
+
+
+def test_the_smaller_image_is_pillows_bicubic():
+    ramp = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), dtype=np.uint8)
+    images_NCHW = torch.from_numpy(ramp).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
+    got = smaller(images_NCHW, 4).mul(127.5).add(127.5).round()[0].permute(1, 2, 0).numpy()
+    wanted = np.asarray(Image.fromarray(ramp[0]).resize((6, 6), Image.Resampling.BICUBIC))
+    assert np.abs(got - wanted.astype(float)).max() <= 1
 
 
 # the same batches everywhere
@@ -88,8 +124,8 @@ def test_a_batch_shows_the_rows_of_the_order(data):
     rows = Order(22, seed=3).rows(np.arange(32)).reshape(4, 8)
     for batch, row_N in zip(batches, rows, strict=True):
         wanted = torch.from_numpy(np.stack([dataset.decode(int(row)) for row in row_N]))
-        wanted = finish(wanted, batch.position_N, KEY, True)
-        assert torch.equal(batch.images_NCHW, wanted)
+        wanted = finished(wanted, data, batch.position_N)
+        assert torch.equal(batch.images_NCHW, wanted.images_NCHW)
         assert batch.labels_N.tolist() == dataset.labels[row_N].tolist()
 
 
@@ -97,14 +133,14 @@ def test_a_batch_shows_the_rows_of_the_order(data):
 def test_backends_agree_bit_for_bit(data, workers, monkeypatch):
     reference = some(replace(data, pipeline="torchvision", workers=workers), 7)
     assert_same(some(replace(data, pipeline="resident", workers=3), 7), reference)
-    monkeypatch.setattr(resident, "_fits", lambda *_: (False, "for the test"))
+    monkeypatch.setattr(resident, "fits", lambda *_: (False, "for the test"))
     assert_same(some(replace(data, pipeline="resident"), 7), reference)
 
 
 @pytest.mark.parametrize("backend", ["resident", "mapped", "torchvision"])
 def test_resume_is_exact_in_mid_epoch(data, backend, monkeypatch):
     if backend == "mapped":
-        monkeypatch.setattr(resident, "_fits", lambda *_: (False, "for the test"))
+        monkeypatch.setattr(resident, "fits", lambda *_: (False, "for the test"))
     data = replace(data, pipeline="torchvision" if backend == "torchvision" else "resident")
     whole = some(data, 9)
     assert_same(some(data, 5, images=4 * 8), whole[4:])
@@ -175,7 +211,7 @@ class Recorded(TorchDispatchMode):
 def test_batch_is_device_work_only(data, backend, monkeypatch):
     """On the meta device what reads a value, mixes devices or has a data-dependent shape fails."""
     if backend == "mapped":
-        monkeypatch.setattr(resident, "_fits", lambda *_: (False, "for the test"))
+        monkeypatch.setattr(resident, "fits", lambda *_: (False, "for the test"))
     data = replace(data, pipeline="torchvision" if backend == "torchvision" else "resident")
     clock = Clock(data.batch, torch.device("meta"))
     pipeline = opened(data, clock)
@@ -276,8 +312,8 @@ def test_auto_says_what_it_chose(data, monkeypatch):
 def test_what_goes_on_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
     device = torch.device("cuda", 0)
-    assert resident._fits(250, device)[0] and not resident._fits(251, device)[0]
-    assert "25% of the 0.0 GB free on cuda:0" in resident._fits(251, device)[1]
+    assert resident.fits(250, device)[0] and not resident.fits(251, device)[0]
+    assert "25% of the 0.0 GB free on cuda:0" in resident.fits(251, device)[1]
 
 
 # real datasets

@@ -35,6 +35,7 @@ def other_value(flag: str, value: object) -> tuple[list[str], object]:
         "data.name": "synthetic",
         "data.pipeline": "torchvision",
         "data.on-error": "skip",
+        "data.beton": "jpeg",
         "metrics.split": "test" if value == "train" else "train",
         "metrics.extractor": "inception",
         "metrics.network": "module:Class",
@@ -46,6 +47,8 @@ def other_value(flag: str, value: object) -> tuple[list[str], object]:
         return (["1"], 1) if value == 3 else (["3"], 3)
     if flag in ("data.root", "data.path", "data.cache", "metrics.weights"):
         return ["/some/place"], Path("/some/place")
+    if flag == "data.window":
+        return ["1", "2"], (1, 2)
     if flag == "track":
         return ["wandb", "mlflow"], ("wandb", "mlflow")
     if isinstance(value, bool):

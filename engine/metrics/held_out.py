@@ -45,7 +45,7 @@ class HeldOut:
         world = ranks.world_size
         batch = min(BATCH, max(len(dataset) // world, 1)) * world
         clock = Clock(batch, ranks.device, rank=ranks.rank, world_size=world)
-        data = replace(recipe.data, flip=False, batch=batch)
+        data = replace(recipe.data, flip=False, batch=batch, pipeline="auto", balanced=False)
         key = philox.make_key(0, device=ranks.device)
         pipeline = open_pipeline(dataset, data, clock, 0, key, say=lambda text: None)
         pairs = Pairs(ranks.device, recipe.metrics.lpips) if reconstructions else None

@@ -18,13 +18,14 @@ def decode(dataset: Dataset, data: Data, rows: np.ndarray) -> tuple[Tensor, np.n
     packed = load(pack_path(dataset, data), dataset)
     if packed is not None and (not packed.skipped or data.on_error == "skip"):
         rows = rows[packed.rows[rows] == rows]
-        return torch.from_numpy(packed.images_NCHW[rows]), rows
+        return torch.from_numpy(dataset.fit.shown(packed.images_NHWC[rows])), rows
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = list(pool.map(lambda row: _decode(dataset, row, data.on_error), rows.tolist()))
     whole = [i for i, pixels in enumerate(decoded) if pixels is not None]
     if not whole:
         raise BadImage(f"every image of {dataset.name} that was to be measured is corrupt")
-    return torch.from_numpy(np.stack([decoded[i] for i in whole])), rows[whole]
+    stored_NHWC = np.stack([decoded[i] for i in whole])
+    return torch.from_numpy(dataset.fit.shown(stored_NHWC)), rows[whole]
 
 
 def _decode(dataset: Dataset, row: int, on_error: str) -> np.ndarray | None:

@@ -1,0 +1,178 @@
+"""What feeding costs: every pipeline beside the PyTorch tutorial's ImageFolder and DataLoader.
+
+    pytest bench/bench_pipelines.py --benchmark-only
+
+64x64 faces at batch 64, mirrored, in [-1, 1]: CelebA where SADDLE_DATA has it, else pictures of
+the same size made here. Each feeder is a process of its own with one decoding thread; images per
+CPU-second count all threads and child processes, which holds on a busy machine, too. Then a real
+training run fed by each pipeline, in turns with one whose data costs nothing.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine import parallel, recipe, session
+from engine.compile import Compiler, missing_toolchain
+from engine.precision import choose_precision
+from engine.stats import synchronize
+from pipelines.datasets import find
+from pipelines.open import open_pipeline
+from pipelines.settings import Data
+
+ROOT = Path(__file__).parents[1]
+FEEDERS = ("tutorial", "torchvision", "dali", "ffcv-jpeg", "ffcv", "resident", "synthetic")
+EPOCHS, MADE = {"ffcv": 20, "resident": 20, "synthetic": 20}, 2000
+FED = ("resident", "ffcv", "torchvision", "dali")
+ROUNDS, ITERATIONS = 8, 3
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> Path:
+    """An ImageFolder of faces in one class: links to CelebA's, or JPEGs made here."""
+    folder = tmp_path_factory.mktemp("faces")
+    (folder / "all").mkdir()
+    real = Path(os.environ.get("SADDLE_DATA", ".")) / "celeba" / "img_align_celeba"
+    if real.is_dir():
+        for path in sorted(real.glob("*.jpg"))[: 2 * MADE]:
+            (folder / "all" / path.name).symlink_to(path.absolute())
+        return folder
+    rng = np.random.default_rng(0)
+    for i in range(MADE):
+        coarse = Image.fromarray(rng.integers(0, 256, (14, 12, 3), dtype=np.uint8))
+        picture = np.asarray(coarse.resize((178, 218), Image.Resampling.BICUBIC)).astype(int)
+        noisy = (picture + rng.normal(0, 6, picture.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / "all" / f"{i:06}.jpg", quality=75)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fed(faces, tmp_path_factory):
+    """What each feeder cost, measured once."""
+    found = {}
+
+    def measure(name: str) -> dict:
+        if name not in found:
+            cache = tmp_path_factory.mktemp(name)
+            command = [sys.executable, "-m", "bench.feed_one", name]
+            command += [str(faces), str(cache), str(EPOCHS.get(name, 3)), "1"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+        return found[name]
+
+    return measure
+
+
+def rate(cost: dict, unit: str) -> tuple[float, float]:
+    """Images per second (or CPU-second) in the first epoch, and in the later ones together."""
+    first, *later = (epoch[unit] for epoch in cost["epochs"])
+    return cost["images"] / first, len(later) * cost["images"] / sum(later)
+
+
+@pytest.mark.parametrize("name", FEEDERS)
+def bench_feeding(benchmark, fed, row, name):
+    cost = fed(name)
+    first, later = rate(cost, "cpu_seconds")
+    facts = {
+        "first_epoch_images_per_cpu_s": first,
+        "images_per_cpu_s": later,
+        "ratio_to_tutorial": later / rate(fed("tutorial"), "cpu_seconds")[1],
+        "images_per_s": rate(cost, "seconds")[1],
+        "memory_mib": cost["epochs"][-1]["memory"] / 2**20,
+        "memory_growth_mib": (cost["epochs"][-1]["memory"] - cost["epochs"][0]["memory"]) / 2**20,
+        "disk_mib": cost["disk"] / 2**20,
+    }
+    benchmark.extra_info |= facts
+    row(
+        f"{name:12} {first:9,.0f} then {later:9,.0f} images/CPU-s {facts['ratio_to_tutorial']:6.1f}"
+        f" x tutorial {facts['memory_mib']:6,.0f} MiB {facts['disk_mib']:6,.1f} MiB on disk"
+    )
+    benchmark.pedantic(lambda: None, rounds=1)  # the figures are those above
+
+
+def decode_all(data: Data, rows: range) -> None:
+    """Decode some rows, and nothing else."""
+    dataset = find(data)
+    for number in rows:
+        dataset.decode(number)
+
+
+def bench_preparation(benchmark, faces, row, tmp_path):
+    """Packing, as a share of what all cores decode if they do nothing else."""
+    cores = len(os.sched_getaffinity(0))
+    data = Data(name="folder", path=faces, resolution=64, cache=tmp_path, workers=cores)
+    n = len(find(data))
+    parts = [range(i, n, cores) for i in range(cores)]
+    command = [sys.executable, "-m", "pipelines.prepare", str(faces), "--workers", str(cores)]
+    shares = []
+    with ProcessPoolExecutor(cores) as pool:
+        list(pool.map(decode_all, [data] * cores, [range(64)] * cores))  # start and warm up
+        for i in range(3):
+            began = time.perf_counter()
+            list(pool.map(decode_all, [data] * cores, parts))
+            pure = n / (time.perf_counter() - began)
+            done = subprocess.run(
+                [*command, "--cache", str(tmp_path / str(i))],
+                cwd=ROOT, capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            packing = next(x for x in done.stdout.splitlines() if x.startswith("packed "))
+            packed = float(packing.rsplit("(", 1)[1].split()[0].replace(",", ""))
+            shares.append((packed / pure, packed))
+    share, packed = statistics.median(shares)
+    benchmark.extra_info |= {"images_per_s": packed, "share_of_pure_decoding": share}
+    row(f"preparation  {packed:9,.0f} images/s on {cores} cores, {share:.2f} of pure decoding")
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def trained(faces, device, tmp_path_factory):
+    """Seconds of an iteration of dcgan_celeba under each pipeline, in rounds that take turns."""
+    given = recipe.load("dcgan_celeba")
+    cache = tmp_path_factory.mktemp("trained")
+    data = replace(given.data, name="folder", path=faces, cache=cache, batch=64, flip=True)
+    given = replace(given, data=data)
+    compiler = Compiler(device.type == "cuda" or not missing_toolchain(), "bench")
+    ranks = parallel.Ranks(0, 0, 1, device)
+    live = session.start(given, ranks, choose_precision("auto", device), compiler, 10**6)
+    dataset = find(data)
+    feeds = {}
+    for name in ("synthetic", *FED):
+        one = replace(data, pipeline=name)
+        feeds[name] = open_pipeline(dataset, one, live.clock, 0, live.key, lambda _: None)
+    seconds = {name: [] for name in feeds}
+    for turn in range(ROUNDS + 1):
+        for name, pipeline in feeds.items():
+            pipeline.ready(live.clock)  # a jump of the clock begins the stream anew
+            synchronize(device)
+            began = time.perf_counter()
+            for _ in range(ITERATIONS):
+                pipeline.ready(live.clock)
+                live.step(pipeline.batch(live.clock))
+                live.clock.advance()
+            synchronize(device)
+            if turn:
+                seconds[name].append((time.perf_counter() - began) / ITERATIONS)
+    for pipeline in feeds.values():
+        pipeline.close()
+    return seconds
+
+
+@pytest.mark.parametrize("name", FED)
+def bench_training(benchmark, trained, row, name):
+    turns = zip(trained["synthetic"], trained[name], strict=True)
+    share = statistics.median(free / fed for free, fed in turns)
+    speed = 64 / statistics.median(trained[name])
+    benchmark.extra_info |= {"images_per_s": speed, "share_of_synthetic": share}
+    row(f"dcgan_celeba fed by {name:12} {speed:8.1f} images/s, {share:.3f} of synthetic data")
+    benchmark.pedantic(lambda: None, rounds=1)

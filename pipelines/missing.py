@@ -1,0 +1,37 @@
+"""What is said when a dataset is not there."""
+
+from pathlib import Path
+
+from pipelines.settings import Data
+
+DOWNLOADS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+DOWNLOADS |= {"celeba": "CelebA"}
+"""torchvision's name of each dataset that it can fetch."""
+
+
+class DatasetMissing(Exception):
+    """A dataset is not where it was looked for; the message has the places and the remedies."""
+
+
+class NoSplit(Exception):
+    """The dataset is there, but it has no images of this split."""
+
+
+def missing_text(data: Data, why: str = "", looked: tuple[str, list[Path]] | None = None) -> str:
+    """The whole message: what was looked for, where, and what can be done about it."""
+    lines = [why or f"dataset {data.name!r} not found"]
+    if looked is not None:
+        lines += [f"  looked for: {looked[0]}"]
+        lines += [f"  in: {folder.absolute()}" for folder in looked[1]]
+    fetch = "fetches it with torchvision into the root"
+    if data.name not in DOWNLOADS:
+        fetch = f"fetches {', '.join(DOWNLOADS)} only, not {data.name!r}"
+    return "\n".join(
+        [
+            *lines,
+            "remedies:",
+            "  SADDLE_DATA=/folder (or --data.root, --data.path)  says where the data is",
+            f"  --data.download  {fetch}",
+            "  --data.name synthetic  runs on computed images instead",
+        ]
+    )
