@@ -22,6 +22,7 @@ from engine.start import Training, begin, fail, find_dataset
 from engine.stats import synchronize
 from kernels import dispatch
 from pipelines.datasets import BadImage, Dataset, DatasetMissing
+from pipelines.open import choose
 from pipelines.pack import CacheUnusable
 
 FAILURES = (
@@ -133,6 +134,7 @@ def dry_run(
         "precision": f"{precision.name} ({precision.reason})",
         "compile": f"{units} ({compiler.reason})",
         "kernels": "\n".join(": ".join(row) for row in dispatch.explain(device)),
+        "pipeline": ": ".join(choose(dataset, recipe.data, device)),
         "metrics": _metrics(recipe.metrics),
     }
     describe.show(Console(), name, recipe, facts, len(dataset.classes))

@@ -15,6 +15,7 @@ from engine.export.__main__ import main as export
 from engine.report.__main__ import main as report
 from engine.sample import main as sample
 from engine.train import main
+from pipelines.prepare import main as prepare_dataset
 from tests.images import images
 from tests.runs import QUICK, ROOT, environment, toy, train
 
@@ -29,13 +30,14 @@ USE = [c for c in COMMANDS if (m := re.search(r"-m engine\.(\w+)", c)) and m[1] 
 MAKE = [c for c in COMMANDS if c.startswith("make ")]
 
 
+PREPARE = [c for c in COMMANDS if "-m pipelines.prepare" in c]
 INSPECT = "python -m kernels.inspect --sm 90"
 FEW = ["--metrics.generated", "300", "--metrics.real", "300"]
 
 
 def test_every_command_is_tried_here():
     elsewhere = {"pytest bench/ --benchmark-only", INSPECT}
-    others = set(COMMANDS) - {*TRAIN, *USE, *SERVE, *MAKE, *elsewhere}
+    others = set(COMMANDS) - {*TRAIN, *USE, *SERVE, *MAKE, *PREPARE, *elsewhere}
     assert not others
     assert min(len(TRAIN), len(USE), len(SERVE), len(MAKE)) >= 1
 
@@ -91,6 +93,18 @@ def test_a_command_for_runs_and_images_runs(line, tmp_path, monkeypatch, weights
             images(tmp_path / "samples", 300, (20, 20), 1)
         words += [*FEW, "--metrics.weights", weights]
     assert VERBS[verb](words) == 0
+
+
+@pytest.mark.parametrize("line", PREPARE)
+def test_a_dataset_is_prepared(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SADDLE_DATA", str(tmp_path))
+    monkeypatch.setenv("SADDLE_CACHE", str(tmp_path / "cache"))
+    for folder in ("celeba/img_align_celeba", "horse2zebra/trainA", "horse2zebra/trainB", "photos"):
+        images(tmp_path / folder, 5, (20, 20), 1)
+    assert prepare_dataset(shlex.split(line.removeprefix("python -m pipelines.prepare "))) == 0
+    made = [p.suffix for p in tmp_path.rglob("*") if p.suffix in (".npy", ".beton", ".zip")]
+    assert made and (".zip" in made) == ("zip" in line) and (".beton" in made) == ("ffcv" in line)
 
 
 @pytest.mark.parametrize("line", SERVE)
