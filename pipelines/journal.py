@@ -1,7 +1,7 @@
-"""A large file that is written in parts and goes on after a kill: payload, and a journal of parts.
+"""A large file that is written in parts, by several processes, and goes on after a kill.
 
-`X.part` grows by whole parts; `X.part.jsonl` has a line for each with its length and CRC-32. After
-a kill, what the journal vouches for is kept and the rest is cut off.
+`X.part` has its full size from the beginning; `X.part.jsonl` has a line for each part that is
+there, with its place, length and CRC-32. After a kill, only what the journal vouches for counts.
 """
 
 import contextlib
@@ -11,64 +11,64 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 BLOCK = 1 << 22
 
 
+def put(file: BinaryIO, start: int, content: memoryview) -> dict[str, int]:
+    """Write a part at its place, in whatever process; what the journal is to note. Raises OSError.
+
+    A write, not a memory map: on a full disk a map kills the process by SIGBUS.
+    """
+    left, at = content.cast("B"), start
+    while len(left):
+        count = os.pwrite(file.fileno(), left, at)
+        left, at = left[count:], at + count
+    return {"start": start, "bytes": content.nbytes, "crc": zlib.crc32(content)}
+
+
 @dataclass
 class Journal:
-    """An unfinished file. facts: what was noted with each whole part, in order."""
+    """An unfinished file. facts: what was noted with each part that is whole."""
 
     path: Path
     facts: list[dict[str, Any]]
+    file: BinaryIO
+    _lines: TextIO
 
     @classmethod
-    def open(cls, target: Path, header: bytes) -> "Journal":
-        """Begin the file that is to become `target`, or go on with it. The header must be the same
-        each time. Raises OSError."""
-        journal = cls(target.with_name(target.name + ".part"), [])
-        end = len(header)
-        if journal.path.exists() and journal.notes.exists():
-            journal.facts, end = journal._whole(header)
-        mode = "r+b" if journal.facts else "w+b"
-        journal._file = journal.path.open(mode)
-        journal._file.truncate(end if journal.facts else 0)
-        journal._file.seek(0)
-        journal._file.write(header)
-        journal._file.seek(end)
-        journal._lines = journal.notes.open("w")
-        for fact in journal.facts:
-            journal._lines.write(json.dumps(fact) + "\n")
-        journal._lines.flush()
+    def open(cls, target: Path, header: bytes, size: int) -> "Journal":
+        """Begin the file that is to become `target`, of `size` bytes after the header, or go on
+        with it. Raises OSError."""
+        path = target.with_name(target.name + ".part")
+        path.touch()
+        file = path.open("r+b", buffering=0)
+        os.truncate(path, len(header) + size)
+        facts = list(_whole(file, _notes(path)))
+        put(file, 0, memoryview(header))
+        lines = _notes(path).open("w")
+        journal = cls(path, [], file, lines)
+        for fact in facts:
+            journal.note(fact)
         return journal
 
-    @property
-    def notes(self) -> Path:
-        """The journal beside the payload."""
-        return self.path.with_name(self.path.name + ".jsonl")
-
-    def append(self, content: memoryview | bytes, **facts: Any) -> None:
-        """Write one part; it counts once its line is written after it."""
-        self._file.write(content)
-        self._file.flush()
-        fact = {"bytes": len(memoryview(content).cast("B")), "crc": zlib.crc32(content), **facts}
+    def note(self, fact: dict[str, Any]) -> None:
+        """A part counts once it is noted."""
         self._lines.write(json.dumps(fact) + "\n")
         self._lines.flush()
         self.facts.append(fact)
 
-    def finish(self, header: bytes) -> None:
+    def finish(self) -> None:
         """Bring it to the disk and read it back. Raises OSError if it is not what was written."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        wrong = len(self._whole(header)[0]) != len(self.facts)
-        self.close()
-        if wrong:
+        os.fsync(self.file.fileno())
+        if sum(1 for _ in _whole(self.file, _notes(self.path))) != len(self.facts):
             raise OSError(f"{self.path} does not hold what was written to it")
+        self.close()
 
     def close(self) -> None:
         """Close the files; they stay."""
-        self._file.close()
+        self.file.close()
         self._lines.close()
 
     def remove(self) -> None:
@@ -76,41 +76,34 @@ class Journal:
         with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
             self.close()
         self.path.unlink(missing_ok=True)
-        self.notes.unlink(missing_ok=True)
-
-    def _whole(self, header: bytes) -> tuple[list[dict[str, Any]], int]:
-        """Facts of the parts that are whole, and where the last of them ends."""
-        facts, end = [], len(header)
-        with self.path.open("rb") as file:
-            if file.read(len(header)) != header:
-                return [], end
-            for fact in _lines(self.notes):
-                if _crc(file, fact["bytes"]) != fact["crc"]:
-                    break
-                facts.append(fact)
-                end += fact["bytes"]
-        return facts, end
+        _notes(self.path).unlink(missing_ok=True)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a journal; a torn last one ends it."""
-    with path.open() as file:
-        for line in file:
+def _notes(path: Path) -> Path:
+    return path.with_name(path.name + ".jsonl")
+
+
+def _whole(file: BinaryIO, notes: Path) -> Iterator[dict[str, Any]]:
+    """Facts of the parts that are there as they were written."""
+    if not notes.exists():
+        return
+    with notes.open() as lines:
+        for line in lines:
             try:
                 fact = json.loads(line)
-            except ValueError:
-                return
-            if not (isinstance(fact, dict) and {"bytes", "crc"} <= fact.keys()):
-                return
-            yield fact
+                whole = _crc(file, fact["start"], fact["bytes"]) == fact["crc"]
+            except (ValueError, KeyError, TypeError):
+                return  # the last line, torn
+            if whole:
+                yield fact
 
 
-def _crc(file: Any, count: int) -> int | None:
-    """CRC-32 of the next bytes; None if there are fewer."""
+def _crc(file: BinaryIO, start: int, count: int) -> int | None:
+    """CRC-32 of a part; None if there are fewer bytes."""
     crc = 0
     while count:
-        block = file.read(min(count, BLOCK))
+        block = os.pread(file.fileno(), min(count, BLOCK), start)
         if not block:
             return None
-        crc, count = zlib.crc32(block, crc), count - len(block)
+        crc, count, start = zlib.crc32(block, crc), count - len(block), start + len(block)
     return crc

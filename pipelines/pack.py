@@ -17,9 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +26,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipelines.decoding import Decoding, decode_all
 from pipelines.images import BadImage
 from pipelines.journal import Journal
 from pipelines.order import shown
 from pipelines.settings import Data
-from pipelines.sources import Dataset
+from pipelines.sources import Dataset, EncodedSet
 
 FORMAT = 2
-CHUNK = 64
-"""Images a thread decodes at a time."""
 
 
 class CacheUnusable(Exception):
@@ -131,15 +128,19 @@ def _build(
     header = _header(n, dataset.fit.stored)
     began = time.perf_counter()
     with naming(path.parent):
-        journal = Journal.open(path, header)
-    done = sum(fact["rows"] for fact in journal.facts)
+        journal = Journal.open(path, header, size)
+    done = int(_done(journal, n).sum())
     try:
         _check_space(path.parent, size * (n - done) // n)
-        where = f"from image {done:,} on, as a killed packing left it" if done else "once"
+        where = f"{done:,} of them there already from a killed packing" if done else "once"
         say(f"packing {n:,} images of {dataset.name} into {path} ({size / 1e6:,.0f} MB), {where}")
-        bad = _write(dataset, data, journal, progress)
+        _write(dataset, data, journal, len(header), progress)
+        found = sorted((int(r), why) for fact in journal.facts for r, why in fact["bad"].items())
+        bad = dict(found)
+        if len(bad) == n:
+            raise BadImage(f"every image of {dataset.name} is corrupt; the first: {bad[0]}")
         with naming(path.parent):
-            journal.finish(header)
+            journal.finish()
         _mend(journal.path, len(header), shown(n, set(bad)), dataset)
         publish(path, journal.path, dataset, {"format": FORMAT, "skipped": bad})
     except Exception:
@@ -165,20 +166,24 @@ def _check_space(folder: Path, size: int) -> None:
             raise OSError(errno.ENOSPC, text)
 
 
-def _write(dataset: Dataset, data: Data, journal: Journal, progress: bool) -> dict[int, str]:
-    """Write the rows that are not yet there; return all bad rows with what is wrong, in order."""
-    n, done = len(dataset), sum(fact["rows"] for fact in journal.facts)
-    with bar(n, progress) as advance:
-        advance(done)
-        for pixels_NHWC, wrong in _decoded(dataset, data, done):
-            with naming(data.cache_folder()):
-                # write, not a memory map: on a full disk a map kills the process by SIGBUS
-                journal.append(pixels_NHWC.data, rows=len(pixels_NHWC), bad=wrong)
-            advance(len(pixels_NHWC))
-    bad = {int(row): cause for fact in journal.facts for row, cause in fact["bad"].items()}
-    if len(bad) == n:
-        raise BadImage(f"every image of {dataset.name} is corrupt; the first: {bad[0]}")
-    return bad
+def _write(dataset: Dataset, data: Data, journal: Journal, start: int, progress: bool) -> None:
+    """Write the rows that are not yet there. Raises BadImage if all images are corrupt."""
+    todo = np.flatnonzero(~_done(journal, len(dataset)))
+    work = Decoding(dataset, data.on_error == "skip", journal.path, start)
+    with naming(data.cache_folder()), bar(len(dataset), progress) as advance:
+        advance(len(dataset) - len(todo))
+        workers = data.workers if isinstance(dataset, EncodedSet) else 1
+        for fact in decode_all(work, todo, workers):
+            journal.note(fact)
+            advance(fact["rows"][1] - fact["rows"][0])
+
+
+def _done(journal: Journal, n: int) -> np.ndarray:
+    """bool (n,): the rows that are in the file."""
+    there = np.zeros(n, bool)
+    for fact in journal.facts:
+        there[slice(*fact["rows"])] = True
+    return there
 
 
 def _mend(path: Path, start: int, shows: np.ndarray, dataset: Dataset) -> None:
@@ -192,43 +197,6 @@ def _mend(path: Path, start: int, shows: np.ndarray, dataset: Dataset) -> None:
             file.write(pixels)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _decoded(
-    dataset: Dataset, data: Data, begin: int
-) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
-    """Chunks of decoded images in row order from a row on, a few ahead of the writer.
-
-    Threads: PIL lets go of the interpreter while it decodes and resizes, and there is no start-up
-    and no copy between processes.
-    """
-    threads = max(1, data.workers)
-    n = len(dataset)
-    chunks = (range(i, min(i + CHUNK, n)) for i in range(begin, n, CHUNK))
-    pending: deque[Future] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(_decode_chunk, dataset, chunk, data.on_error == "skip"))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _decode_chunk(dataset: Dataset, rows: range, skip: bool) -> tuple[np.ndarray, dict[int, str]]:
-    pixels_NHWC = np.zeros((len(rows), *dataset.fit.stored), np.uint8)
-    bad = {}
-    for place, row in enumerate(rows):
-        try:
-            pixels_NHWC[place] = dataset.decode(row)
-        except BadImage as error:
-            if not skip:
-                raise
-            bad[row] = str(error)
-    return pixels_NHWC, bad
 
 
 def publish(path: Path, temporary: Path, dataset: Dataset, facts: dict[str, Any]) -> None:

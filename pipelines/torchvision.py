@@ -5,13 +5,10 @@ the parent can finish its step and save. In return it is us who must see to thei
 the finalizer when it is not called, or a watch on the parent when that is killed.
 """
 
-import contextlib
-import signal
 from collections.abc import Iterator
 from multiprocessing import (
     active_children,
     get_context,
-    resource_tracker,
     set_forkserver_preload,
 )
 from multiprocessing.process import BaseProcess
@@ -27,7 +24,7 @@ from pipelines.index import open_index
 from pipelines.order import Order
 from pipelines.resident import say_skipped
 from pipelines.sources import EncodedSet
-from pipelines.workers import SIGNALS, Decoder, as_it_is, begin_worker
+from pipelines.workers import Decoder, as_it_is, begin_worker, shielded
 
 
 class Slices:
@@ -83,7 +80,7 @@ class Torchvision(HostFed):
 
     def _restart(self, images: int) -> None:
         self._slices.start = self._next = images
-        with _shielded():
+        with shielded():
             self._iterator = iter(self._loader)
 
     def fetch(self, clock: Clock) -> tuple[Tensor, Tensor]:
@@ -112,18 +109,3 @@ def _kill(workers: list[BaseProcess]) -> None:
     for worker in workers:
         if worker.is_alive():
             worker.kill()
-
-
-@contextlib.contextmanager
-def _shielded() -> Iterator[None]:
-    """Block the signals while processes start, for these inherit the mask.
-
-    The fork server above all: its workers leave when it dies. The resource tracker goes first,
-    because starting it unblocks the signals.
-    """
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

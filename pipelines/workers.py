@@ -1,10 +1,14 @@
-"""What runs in the processes of the torchvision pipeline: rows to images. Imports little, for each
-process pays for it at its start."""
+"""Processes that decode: how they are started and end, and the torchvision pipeline's work in them.
 
+Imports little, for each process pays for it at its start.
+"""
+
+import contextlib
 import os
 import signal
 import threading
-from multiprocessing import parent_process
+from collections.abc import Iterator
+from multiprocessing import parent_process, resource_tracker
 from typing import NamedTuple
 
 import numpy as np
@@ -75,3 +79,18 @@ def _leave_with_parent() -> None:
     as a worker does, so both would outlive a killed parent for ever (seen with torch 2.15)."""
     parent_process().join()
     os._exit(1)
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Block the signals while processes start, for these inherit the mask.
+
+    The fork server above all: its workers leave when it dies. The resource tracker goes first,
+    because starting it unblocks the signals.
+    """
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -5,15 +5,17 @@ import os
 import threading
 import time
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import pack
+from pipelines import decoding, pack
 from pipelines.datasets import find
-from pipelines.journal import Journal
+from pipelines.images import BadImage
+from pipelines.journal import put
 from pipelines.pack import FORMAT, CacheUnusable, pack_path
 from pipelines.settings import Data
 from pipelines.sources import FileSet
@@ -79,7 +81,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("damage", ["none", "torn payload", "torn journal", "other bytes"])
 def test_a_killed_packing_goes_on_where_it_was(data, monkeypatch, damage):
     whole = packed(replace(data, cache=data.cache / "whole")).read_bytes()
-    monkeypatch.setattr(pack, "CHUNK", 4)
+    monkeypatch.setattr(decoding, "CHUNK", 4)
     decode, seen = FileSet.decode, []
 
     def dying(self, row: int) -> np.ndarray:
@@ -95,20 +97,54 @@ def test_a_killed_packing_goes_on_where_it_was(data, monkeypatch, damage):
     journal = Path(f"{part}.jsonl")
     assert len(journal.read_text().splitlines()) == 3
     if damage == "torn payload":
-        os.truncate(part, part.stat().st_size - 7)
+        os.truncate(part, 128 + 12 * 12 * 12 * 3 - 7)
     elif damage == "torn journal":
         os.truncate(journal, journal.stat().st_size - 3)
     elif damage == "other bytes":
         with part.open("r+b") as file:
-            file.seek(-5, 2)
+            file.seek(128 + 11 * 12 * 12 * 3)
             file.write(b"other")
     seen, lines = [], []
     seen += range(20)  # past the end of the first one's life
     opened(replace(data, pipeline="resident"), clock_of(data), lines.append)
     kept = 12 if damage == "none" else 8
-    assert f"from image {kept} on" in lines[0] and sorted(seen[20:]) == list(range(kept, 22))
+    assert f"{kept} of them there already" in lines[0] and sorted(seen[20:]) == list(
+        range(kept, 22)
+    )
     assert pack_path(find(data), data).read_bytes() == whole
     assert not list(data.cache.glob("*.part*"))
+
+
+def test_other_processes_help_where_it_takes_long(data, monkeypatch):
+    alone = packed(replace(data, cache=data.cache / "alone"))
+    monkeypatch.setattr(decoding, "CHUNK", 2)
+    monkeypatch.setattr(decoding, "PATIENCE_S", 0)
+    decode, mine = FileSet.decode, []
+
+    def slowly(self, row: int) -> np.ndarray:
+        mine.append(row)
+        time.sleep(0.5)  # the others, which see the true one, have time to start
+        return decode(self, row)
+
+    monkeypatch.setattr(FileSet, "decode", slowly)
+    helped = packed(replace(data, workers=3))
+    assert helped.read_bytes() == alone.read_bytes() and 0 < len(mine) < 22
+    assert not active_children()
+
+
+def test_what_fails_in_another_process_is_said_as_here(data, monkeypatch):
+    monkeypatch.setattr(decoding, "CHUNK", 1)
+    monkeypatch.setattr(decoding, "PATIENCE_S", 0)
+    bad = [f"class1/{number:02}.png" for number in range(1, 22, 2)]
+    for name in bad:
+        (data.path / name).write_bytes(b"")
+    decode = FileSet.decode
+    monkeypatch.setattr(
+        FileSet, "decode", lambda self, row: time.sleep(1) or decode(self, min(row, 10))
+    )
+    with pytest.raises(BadImage, match="the file is empty"):
+        packed(replace(data, workers=2))
+    assert not list(data.cache.glob("*.npy*")) and not active_children()
 
 
 def test_one_process_builds_while_others_wait(data, monkeypatch):
@@ -147,14 +183,11 @@ def test_a_cache_that_cannot_be_written_is_named(data, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_packing_is_named(data, monkeypatch):
-    begin = Journal.open
+    def full(file: object, start: int, content: memoryview) -> dict:
+        with open("/dev/full", "wb", buffering=0) as disk:
+            return put(disk, start, content)
 
-    def full(target: Path, header: bytes) -> Journal:
-        journal = begin(target, header)
-        os.dup2(os.open("/dev/full", os.O_WRONLY), journal._file.fileno())
-        return journal
-
-    monkeypatch.setattr(Journal, "open", full)
+    monkeypatch.setattr(decoding, "put", full)
     with pytest.raises(CacheUnusable, match=r"No space left on device; --data\.cache"):
         opened(replace(data, pipeline="resident"), clock_of(data))
     assert not list(data.cache.glob("*.npy*"))
