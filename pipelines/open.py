@@ -14,6 +14,7 @@ from pipelines import beton, dali, ffcv
 from pipelines.batch import Batch, Clock
 from pipelines.feed import Spec
 from pipelines.finish import Finish
+from pipelines.heap import keep_freed_memory
 from pipelines.order import Balanced, Order
 from pipelines.pack import load, pack_path, packed_bytes
 from pipelines.resident import fits, open_resident
@@ -97,6 +98,8 @@ def open_pipeline(
     if clock.batch % clock.world_size:
         raise ValueError(f"data.batch={clock.batch} does not divide by {clock.world_size} ranks")
     name, why = choose(dataset, data, clock.device, before)
+    if clock.device.type == "cpu":
+        keep_freed_memory()
     first = _open(name, dataset, data, clock, seed, key, say, 0)
     if dataset.second is not None:
         try:
