@@ -3,9 +3,10 @@
     pytest bench/bench_pipelines.py --benchmark-only
 
 64x64 faces at batch 64, mirrored, in [-1, 1], from JPEGs of CelebA's 178x218 pixels: its own where
-SADDLE_DATA has them, brought to that size, else pictures made here. Each feeder is a process of its own with one decoding thread; images per
-CPU-second count all threads and child processes, which holds on a busy machine, too. Then a real
-training run fed by each pipeline, in turns with one whose data costs nothing.
+SADDLE_DATA has them, brought to that size, else pictures made here. Each feeder is a process of its
+own with one decoding thread; images per CPU-second count all threads and child processes, which
+holds on a busy machine, too. Then a real training run fed by each pipeline, in turns with one whose
+data costs nothing.
 """
 
 import json

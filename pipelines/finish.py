@@ -39,16 +39,19 @@ class Finish:
         self._tokens = _table(None if captions is None else captions.tokens_NKL, device)
         self._lengths = _table(None if captions is None else captions.lengths_NK, device)
         self._start: int | None = None
+        self._version = 0
         self._device_start = torch.zeros((), dtype=torch.int64, device=device)
         self._drawn: dict[str, Tensor] = {}
 
     def ready(self, clock: Clock) -> None:
-        """Draw for the coming positions, in place, once the clock leaves those that are drawn."""
+        """Draw for the coming positions, in place, once the clock leaves those that are drawn
+        or the key is another."""
         window = max(WINDOW, clock.batch)
-        start = self._start
-        if start is not None and start <= clock.images <= start + window - clock.batch:
+        start, version = self._start, self.key._version  # a rollback changes the key, in place
+        ahead = start is not None and start <= clock.images <= start + window - clock.batch
+        if ahead and version == self._version:
             return
-        self._start = clock.images
+        self._start, self._version = clock.images, version
         self._device_start.fill_(self._start)
         positions = torch.arange(window, device=self._device_start.device) + self._start
         for name, drawn in self._draw(positions).items():

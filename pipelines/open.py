@@ -192,7 +192,7 @@ def _not_resident(dataset: Dataset, data: Data, device: torch.device) -> str:
     if load(path, dataset) is not None:
         return ""
     there = _existing(path.parent)
-    if not os.access(there, os.W_OK):
+    if not (there.is_dir() and os.access(there, os.W_OK)):
         return f"cannot keep a packed cache in {path.parent} (--data.cache names another folder)"
     free = shutil.disk_usage(there).free
     if size > SHARE_OF_DISK * free:

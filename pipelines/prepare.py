@@ -5,8 +5,9 @@ shards. Sizes must be those of the recipe (`--resolution`, `--channels`, `--crop
 runs to find what is prepared here. Killed, the same command goes on where it was.
 """
 
+import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,8 +53,8 @@ class Command:
     """Folder of this very dataset, in place of its usual place under root."""
     cache: Path | None = None
     """Folder of packed caches; default: the variable SADDLE_CACHE, else ~/.cache/saddle."""
-    workers: int = 2
-    """Decoding threads."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Processes that decode; default: as many as this machine lets us have cores."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do at a corrupt image: stop and name it, or skip and count it."""
     download: bool = False

@@ -161,16 +161,21 @@ def test_sixteen_bit_scans_are_windowed(tmp_path):
 
 
 @needs_real_data
+@pytest.mark.parametrize("kind", ["torchvision", "dali", "ffcv"])
 @pytest.mark.parametrize("name", ["horse2zebra", "facades", "birds"])
-def test_real_sets_through_both_pipelines(name, tmp_path):
+def test_real_sets_through_all_pipelines(name, kind, tmp_path):
     if not (Path(REAL) / name).is_dir():
         pytest.skip(f"{name} is not in SADDLE_DATA={REAL}")
     data = Data(name=name, resolution=64, load=72, cache=tmp_path, flip=True, batch=16, workers=2)
-    one, two = (some(replace(data, pipeline=kind), 2) for kind in ("resident", "torchvision"))
+    one, two = (some(replace(data, pipeline=each), 2) for each in ("resident", kind))
     for left, right in zip(one, two, strict=True):
         for part in ("images_NCHW", "pair_NCHW", "tokens_NL", "lengths_N"):
             a, b = getattr(left, part), getattr(right, part)
-            assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), part
+            assert (a is None) == (b is None), part
+            if kind == "dali" and part.endswith("NCHW") and a is not None:
+                assert (a - b).abs().mean() * 127.5 < 1, part  # it resizes by itself
+            else:
+                assert a is None or torch.equal(a, b), part
     assert (one[0].pair_NCHW is None) == (name == "birds")
     assert (one[0].tokens_NL is None) == (name != "birds")
     assert one[0].images_NCHW.std() > 0.2

@@ -108,6 +108,28 @@ def test_a_random_square_is_cut_at_the_place_of_its_draw(data):
         assert torch.equal(got[i], (cut.float() - 127.5) * (1 / 127.5))
 
 
+def test_a_rollback_draws_anew(data):
+    """The session changes the key in place."""
+    key, striped_NHWC = KEY.clone(), torch.zeros(20, 12, 12, 3, dtype=torch.uint8)
+    striped_NHWC[:, :, 0] = 255
+    finish, clock = finisher(data, key), Clock(20, CPU)
+    shown = []
+    for salt in (0, 1):
+        key.copy_(philox.make_key(5, salt))
+        finish.ready(clock)
+        batch = finish(striped_NHWC, *[torch.arange(20)] * 2, clock.position_N())
+        shown.append((batch.images_NCHW[:, 0, 0, 0] < 0).tolist())
+        wanted = philox.uniform(philox.make_key(5, salt), FLIP, torch.arange(20), 1)[:, 0] < 0.5
+        assert shown[-1] == wanted.tolist()
+    assert shown[0] != shown[1]
+
+
+def test_draws_do_not_depend_on_the_window(data, monkeypatch):
+    whole = some(data, 30)
+    monkeypatch.setattr("pipelines.finish.WINDOW", 1)
+    assert_same(some(data, 30), whole)
+
+
 def test_the_smaller_image_is_pillows_bicubic():
     ramp = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), dtype=np.uint8)
     images_NCHW = torch.from_numpy(ramp).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
@@ -307,13 +329,6 @@ def test_auto_says_what_it_chose(data, monkeypatch):
     assert pipeline.name == "resident" and pipeline.choice.startswith("resident: 0.0 MB packed")
     asked = opened(replace(data, pipeline="torchvision"), clock_of(data))
     assert asked.choice == "torchvision: asked for by --data.pipeline torchvision"
-
-
-def test_what_goes_on_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
-    device = torch.device("cuda", 0)
-    assert resident.fits(250, device)[0] and not resident.fits(251, device)[0]
-    assert "25% of the 0.0 GB free on cuda:0" in resident.fits(251, device)[1]
 
 
 # real datasets

@@ -1,5 +1,7 @@
-"""The torchvision pipeline: do its workers outlive signals, and end with every kind of run?"""
+"""The torchvision pipeline: do its workers outlive signals, do they end with every kind of run, and
+does its memory stay?"""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -10,6 +12,7 @@ from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.batches import clock_of, opened
@@ -82,3 +85,22 @@ def test_no_worker_outlives_a_run_that_did_not_close(data, tmp_path, end):
     ) as process:
         pids = [int(pid) for pid in process.communicate(timeout=20)[0].split()]
     assert len(pids) == 2 and not any(runs(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_host_memory_does_not_grow(data, workers):
+    """Of this process and its workers, over sixty epochs after a hundred."""
+    data = replace(data, pipeline="torchvision", workers=workers, resolution=128)
+    clock = clock_of(data)
+    pipeline = opened(data, clock)
+    me, memory = psutil.Process(), []
+    for _ in range(8):
+        for _ in range(20 * 22 // 8):
+            pipeline.ready(clock)
+            pipeline.batch(clock)
+            clock.advance()
+        gc.collect()
+        everyone = [me, *me.children(recursive=True)]
+        memory.append(sum(p.memory_full_info().uss for p in everyone))
+    pipeline.close()
+    assert memory[-1] - memory[4] < 8 << 20, memory
