@@ -2,7 +2,8 @@
 
 It is written here, in FFCV's format and with FFCV's types, and not by FFCV's own writer: there an
 exception in a worker process hangs the parent for ever, and a JPEG is always encoded again.
-As with the packed cache the .json beside it comes last, so that a half-written one is never taken.
+As with the packed cache the .json beside it comes last, so that a half-written one is never taken,
+and one that was killed goes on where it was.
 """
 
 import contextlib
@@ -12,19 +13,20 @@ import math
 import os
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from pipelines.beton_file import IMAGE, Encoded, Layout
+from pipelines.decoding import decode_all
 from pipelines.images import BadImage, decode, jpeg_frame, resize
+from pipelines.journal import Journal
 from pipelines.order import shown
 from pipelines.pack import (
     CacheUnusable,
@@ -37,13 +39,12 @@ from pipelines.pack import (
     pack_path,
     publish,
     refuse_foreign,
+    rows_done,
 )
 from pipelines.settings import Data
 from pipelines.sources import Dataset, EncodedSet
 
 FORMAT = 1
-CHUNK = 64
-"""Images a thread encodes at a time."""
 PAGE = 1 << 21
 """Bytes of a page, at least (FFCV's own bound); an image lies within one page."""
 QUALITY = 95
@@ -66,12 +67,13 @@ class Beton:
     skipped: dict[int, str]
 
 
-class Encoded(NamedTuple):
-    """One image as it is stored; `pixels` is a JPEG, or uint8 rows."""
+class Chunk(NamedTuple):
+    """images: what is stored for each of the rows, None for a bad one. bad: what is wrong with
+    those."""
 
-    pixels: bytes | memoryview
-    width: int
-    height: int
+    rows: range
+    images: list[Encoded | None]
+    bad: dict[int, str]
 
 
 def missing() -> str:
@@ -163,7 +165,7 @@ def load_beton(path: Path, dataset: Dataset) -> Beton | None:
         return None
 
 
-def _crc(path: Path, pixels: list[int]) -> int:
+def _crc(path: Path, pixels: Sequence[int]) -> int:
     """CRC-32 of what lies before and after the pixels: header, fields, metadata, allocations."""
     start, end = pixels
     with path.open("rb") as file:
@@ -181,124 +183,121 @@ def _build(
     progress: bool,
 ) -> None:
     """Write everything to a temporary file, read it back, give it its name; the lock is held."""
-    n, temporary = len(dataset), path.with_suffix(".beton.part")
-    began = time.perf_counter()
-    say(f"writing {n:,} images of {dataset.name} ({data.beton}) into {path}, once")
+    n, began = len(dataset), time.perf_counter()
+    with naming(path.parent):
+        journal = Journal.open(path)
+    done = int(rows_done(journal, n).sum())
     try:
-        with naming(path.parent):
-            file = temporary.open("w+b")
-        with file, bar(n, progress, "writing") as advance:
-            if pack is not None:
-                writer, bad = _write_raw(pack, file, advance)
-            else:
-                writer, bad = _write_jpeg(dataset, data, file, advance)
-            with naming(path.parent):
-                writer.finish()
-                os.fsync(file.fileno())
-        _verify(temporary, writer)
-        pixels = [writer.start, writer.end]
-        facts = {"format": FORMAT, "form": data.beton, "pixels": pixels}
-        facts |= {"crc": _crc(temporary, pixels), "skipped": bad}
-        publish(path, temporary, dataset, facts)
-    finally:
-        temporary.unlink(missing_ok=True)
+        where = f"{done:,} of them there already from a killed writing" if done else "once"
+        say(f"writing {n:,} images of {dataset.name} ({data.beton}) into {path}, {where}")
+        layout = _layout(dataset, data.beton)
+        _write(dataset, data, pack, layout, journal, progress)
+        facts = {"format": FORMAT, "form": data.beton, **_finish(dataset, layout, journal)}
+        publish(path, journal.path, dataset, facts)
+    except Exception:
+        journal.remove()  # a kill leaves it, to go on from; what went wrong may have been mended
+        raise
+    journal.remove()
     seconds = time.perf_counter() - began
-    say(f"wrote and checked {n:,} images in {seconds:,.1f} s ({n / seconds:,.0f} images/s)")
+    say(
+        f"wrote and checked {n:,} images in {seconds:,.1f} s ({(n - done) / seconds:,.0f} images/s)"
+    )
 
 
-class _Writer:
-    """FFCV's file: header, fields, metadata, pages of pixels, table of allocations."""
+def _layout(dataset: Dataset, form: str) -> Layout:
+    """raw: each image as an array of its shape, also grey ones, and pairs. jpeg: as a JPEG."""
+    from ffcv.fields import NDArrayField, RGBImageField
 
-    def __init__(self, file: BinaryIO, image: Any, n: int, page: int) -> None:
-        from ffcv import types
-        from ffcv.fields import IntField
-
-        self.fields, self.page = {"image": image, "index": IntField()}, page
-        self.metadata = np.zeros(n, types.get_metadata_type(list(self.fields.values())))
-        self.allocations = np.zeros(n, types.ALLOC_TABLE_TYPE)
-        self.crcs = np.zeros(n, np.uint32)
-        self._file, self._count = file, 0
-        self._tables = types.HeaderType.itemsize + len(self.fields) * types.FieldDescType.itemsize
-        self.start = self.end = -(-(self._tables + self.metadata.nbytes) // page) * page
-        file.seek(self.end)
-
-    def add(self, row: int, image: Encoded) -> int:
-        """Store an image as that of `row`; gives its address."""
-        size = len(image.pixels)
-        assert size <= self.page
-        if self.end // self.page != (self.end + size - 1) // self.page:
-            self.end = -(-self.end // self.page) * self.page
-            self._file.seek(self.end)
-        address = self.end
-        self._file.write(image.pixels)
-        self.end += size
-        self.allocations[self._count] = row, address, size
-        self.crcs[row] = zlib.crc32(image.pixels)
-        self._count += 1
-        return address
-
-    def finish(self) -> None:
-        """Write the tables round the pixels."""
-        from ffcv import types
-
-        known = {kind: number for number, kind in types.TYPE_ID_HANDLER.items()}
-        described = np.zeros(len(self.fields), types.FieldDescType)
-        for about, (name, field) in zip(described, self.fields.items(), strict=True):
-            about["type_id"] = known[type(field)]
-            about["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-            about["arguments"][:] = field.to_binary()[0]
-        self.end = -(-self.end // self.page) * self.page
-        self._file.seek(self.end)
-        self._file.write(self.allocations[: self._count].tobytes())
-        header = np.zeros(1, types.HeaderType)
-        header[0] = types.CURRENT_VERSION, len(described), self.page, len(self.metadata), self.end
-        self._file.seek(0)
-        self._file.write(header.tobytes() + described.tobytes() + self.metadata.tobytes())
-        self._file.flush()
-
-
-def _write_raw(
-    pack: Pack, file: BinaryIO, advance: Callable[[int], None]
-) -> tuple[_Writer, dict[int, str]]:
-    """Every row of the packed cache, as an array of its shape: also grey images, and pairs."""
-    from ffcv.fields import NDArrayField
-
-    n, *shape = pack.images_NHWC.shape
-    size, page = math.prod(shape), PAGE
+    if form == "jpeg":
+        return Layout(RGBImageField(), len(dataset), _jpeg_page(dataset))
+    size, page = math.prod(dataset.fit.stored), PAGE
     while size > page or page % size > page // 8:  # no more than an eighth for nothing
         page *= 2
-    writer = _Writer(file, NDArrayField(np.dtype(np.uint8), tuple(shape)), n, page)
-    for row in range(n):
-        image = Encoded(pack.images_NHWC[row].reshape(-1).data, shape[1], shape[0])
-        with naming(pack.path.parent):
-            writer.metadata[row] = writer.add(row, image), pack.rows[row]
-        if row % CHUNK == CHUNK - 1 or row == n - 1:
-            advance(row % CHUNK + 1)
-    return writer, pack.skipped
+    return Layout(NDArrayField(np.dtype(np.uint8), dataset.fit.stored), len(dataset), page)
 
 
-def _write_jpeg(
-    dataset: Dataset, data: Data, file: BinaryIO, advance: Callable[[int], None]
-) -> tuple[_Writer, dict[int, str]]:
-    """Every row as a JPEG; a bad one points at the pixels of the one that is shown in its place."""
-    from ffcv.fields import RGBImageField
-    from ffcv.fields.rgb_image import IMAGE_MODES
+def _write(
+    dataset: Dataset,
+    data: Data,
+    pack: Pack | None,
+    layout: Layout,
+    journal: Journal,
+    progress: bool,
+) -> None:
+    """Write the rows that are not yet there, each chunk where the one before it ends."""
+    todo = np.flatnonzero(~rows_done(journal, len(dataset)))
+    work = _Copying(pack) if pack else _Encoding(dataset, data.on_error == "skip")
+    workers = data.workers if isinstance(dataset, EncodedSet) and pack is None else 1
+    begins = {fact["rows"][0]: fact["start"] for fact in journal.facts}
+    ends = {fact["rows"][1]: fact["start"] + fact["bytes"] for fact in journal.facts}
+    ends[0] = layout.start
+    with bar(len(dataset), progress, "writing") as advance:
+        advance(len(dataset) - len(todo))
+        for rows, images, bad in decode_all(work, todo, workers):
+            with naming(journal.path.parent):
+                fact = layout.put(journal.file, images, ends[rows.start])
+                end = ends[rows.stop] = fact["start"] + fact["bytes"]
+                if begins.get(rows.stop, end) != end:
+                    text = f"{journal.path} was begun with another version of the JPEG encoder"
+                    raise CacheUnusable(f"{text}: the same command again begins anew")
+                journal.note(fact | {"rows": [rows.start, rows.stop], "bad": bad})
+            advance(len(rows))
 
-    n, mode, bad = len(dataset), IMAGE_MODES["jpg"], {}
-    writer = _Writer(file, RGBImageField(), n, _jpeg_page(dataset))
-    for first, images, wrong in _encoded(dataset, data):
-        bad |= wrong
-        for row, image in enumerate(images, first):
-            if image is not None:
-                with naming(data.cache_folder()):
-                    address = writer.add(row, image)
-                writer.metadata[row] = (mode, image.width, image.height, address), row
-        advance(len(images))
+
+def _finish(dataset: Dataset, layout: Layout, journal: Journal) -> dict[str, Any]:
+    """Write the tables and read everything back; what the .json is to say of it."""
+    n = len(dataset)
+    bad = dict(sorted((int(r), why) for fact in journal.facts for r, why in fact["bad"].items()))
     if len(bad) == n:
         raise BadImage(f"every image of {dataset.name} is corrupt; the first: {bad[0]}")
-    rows = shown(n, set(bad))
-    writer.metadata, writer.crcs = writer.metadata[rows], writer.crcs[rows]
-    return writer, bad
+    shows, images = shown(n, set(bad)), np.zeros(n, IMAGE)
+    for fact in journal.facts:
+        images[slice(*fact["rows"])] = np.frombuffer(bytes.fromhex(fact["images"]), IMAGE)
+    with naming(journal.path.parent):
+        pixels = layout.finish(journal.file, images, shows)
+        os.fsync(journal.file.fileno())
+    if not layout.same(journal.path, images["crc"][shows]):
+        raise CacheUnusable(
+            f"{journal.path} does not read back as it was written: is the disk sound?"
+        )
+    return {"pixels": pixels, "crc": _crc(journal.path, pixels), "skipped": bad}
+
+
+class _Copying:
+    """Takes chunks of rows from the packed cache as they are."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+
+    def __call__(self, rows: range) -> Chunk:
+        """Nothing is stored for a bad row, which points at the one shown in its place."""
+        images_NHWC, skipped = self.pack.images_NHWC, self.pack.skipped
+        height, width = images_NHWC.shape[1:3]
+        images = [
+            None if row in skipped else Encoded(images_NHWC[row].reshape(-1).data, width, height)
+            for row in rows
+        ]
+        return Chunk(rows, images, {row: skipped[row] for row in rows if row in skipped})
+
+
+class _Encoding:
+    """Makes JPEGs of chunks of rows, in whatever process."""
+
+    def __init__(self, dataset: Dataset, skip: bool) -> None:
+        self.dataset, self.skip = dataset, skip
+
+    def __call__(self, rows: range) -> Chunk:
+        """Raises BadImage unless bad images are skipped, ValueError for a crop, OSError."""
+        images, bad = [], {}
+        for row in rows:
+            try:
+                images.append(_encode(self.dataset, row))
+            except BadImage as error:
+                if not self.skip:
+                    raise
+                images.append(None)
+                bad[row] = str(error)
+        return Chunk(rows, images, bad)
 
 
 def _most(dataset: Dataset) -> int:
@@ -307,43 +306,6 @@ def _most(dataset: Dataset) -> int:
 
 def _jpeg_page(dataset: Dataset) -> int:
     return max(PAGE, 1 << (3 * _most(dataset) ** 2 - 1).bit_length())
-
-
-def _encoded(
-    dataset: Dataset, data: Data
-) -> Iterator[tuple[int, list[Encoded | None], dict[int, str]]]:
-    """Chunks of rows in order, a few ahead of the writer: first row, images, what is wrong.
-
-    Threads: the decoders and PIL's encoder let go of the interpreter.
-    """
-    threads = max(1, data.workers)
-    pending: deque[Future] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
-    try:
-        for first in range(0, len(dataset), CHUNK):
-            rows = range(first, min(first + CHUNK, len(dataset)))
-            pending.append(pool.submit(_encode_chunk, dataset, rows, data.on_error == "skip"))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _encode_chunk(
-    dataset: Dataset, rows: Iterable[int], skip: bool
-) -> tuple[int, list[Encoded | None], dict[int, str]]:
-    images, bad = [], {}
-    for row in rows:
-        try:
-            images.append(_encode(dataset, row))
-        except BadImage as error:
-            if not skip:
-                raise
-            images.append(None)
-            bad[row] = str(error)
-    return rows[0], images, bad
 
 
 def _encode(dataset: Dataset, row: int) -> Encoded:
@@ -370,20 +332,3 @@ def _jpeg(pixels_HWC: np.ndarray) -> Encoded:
     image = Image.fromarray(np.ascontiguousarray(pixels_HWC))
     image.save(content, "JPEG", quality=QUALITY, subsampling=0)
     return Encoded(content.getvalue(), *image.size)
-
-
-def _verify(path: Path, writer: _Writer) -> None:
-    """Read every row back as FFCV does and compare. Raises CacheUnusable."""
-    from ffcv.reader import Reader
-
-    reader = Reader(str(path))
-    table = reader.alloc_table
-    size_of = dict(zip(table["ptr"].tolist(), table["size"].tolist(), strict=True))
-    image_N = reader.metadata["f0"]
-    address_N = image_N["data_ptr"] if image_N.dtype.names else image_N
-    content = np.memmap(path, np.uint8, "r")
-    good = np.array_equal(reader.metadata, writer.metadata)
-    for address, crc in zip(address_N.tolist(), writer.crcs.tolist(), strict=True):
-        good = good and zlib.crc32(content[address : address + size_of[address]]) == crc
-    if not good:
-        raise CacheUnusable(f"{path} does not read back as it was written: is the disk sound?")

@@ -7,8 +7,8 @@ one. They need some seconds to start, in which this process decodes, as it does 
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,8 +22,11 @@ from pipelines.workers import begin_worker, shielded
 
 CHUNK = 64
 """Images decoded at a time."""
+AHEAD = 8
+"""Chunks per process that may be done before the one whose turn it is."""
 PATIENCE_S = 6.0
-"""Seconds of work, alone, from which on other processes are started."""
+"""Seconds of work, alone, from which on other processes are started, judged by a tenth of
+that."""
 
 
 class Decoding:
@@ -57,27 +60,30 @@ class Decoding:
         return fact | {"rows": [rows.start, rows.stop], "bad": bad}
 
 
-def decode_all(work: Decoding, todo: np.ndarray, workers: int) -> Iterator[dict[str, Any]]:
-    """Decode the rows `todo`, int64 and rising, by `workers` processes, this one among them; the
-    facts of each chunk, in no order."""
-    waiting, pending, starting = deque(chunks(todo)), set(), None
+def decode_all(work: Callable[[range], Any], todo: np.ndarray, workers: int) -> Iterator[Any]:
+    """Decode the rows `todo`, int64 and rising, by `workers` processes, this one among them; what
+    `work`, which is pickled, makes of each chunk, in order. Raises what it raises."""
+    waiting, ahead, starting = deque(chunks(todo)), deque(), None
     starter = ThreadPoolExecutor(1)
-    began, alone = time.perf_counter(), 0
+    began, alone = 0.0, 0
     try:
-        while waiting or pending:
+        while waiting or ahead:
+            while ahead and (ahead[0].done() or not waiting or len(ahead) > AHEAD * workers):
+                yield ahead.popleft().result()
             pool = starting.result() if starting and starting.done() else None
-            done = {future for future in pending if future.done()}
-            pending -= done
-            yield from (future.result() for future in done)
-            while pool and waiting and len(pending) < 2 * (workers - 1):
-                pending.add(pool.submit(_in_worker, waiting.popleft()))
+            theirs = sum(not future.done() for future in ahead)
+            while pool and waiting and theirs < 2 * (workers - 1):
+                ahead.append(pool.submit(_in_worker, waiting.popleft()))
+                theirs += 1
             if not waiting:
-                wait(pending, return_when=FIRST_COMPLETED)
                 continue
-            yield work(waiting.popleft())
+            ahead.append(Future())
+            ahead[-1].set_result(work(waiting.popleft()))
             alone += 1
-            seconds = (time.perf_counter() - began) / alone * len(waiting)
-            if starting is None and workers > 1 and seconds > PATIENCE_S:
+            began = time.perf_counter() if alone == 1 else began  # the first one waits for imports
+            spent = time.perf_counter() - began
+            long = min(10 * spent, spent / max(1, alone - 1) * len(waiting)) > PATIENCE_S
+            if starting is None and workers > 1 and long:
                 starting = starter.submit(_pool, work, workers - 1)
     finally:
         starter.shutdown()
@@ -96,7 +102,7 @@ def chunks(todo: np.ndarray) -> list[range]:
     ]
 
 
-def _pool(work: Decoding, processes: int) -> ProcessPoolExecutor:
+def _pool(work: Callable[[range], Any], processes: int) -> ProcessPoolExecutor:
     """Processes that are ready to work: takes seconds, so a thread waits for it."""
     set_forkserver_preload(["__main__", "torch", "torchvision"])
     pool = ProcessPoolExecutor(
@@ -107,10 +113,10 @@ def _pool(work: Decoding, processes: int) -> ProcessPoolExecutor:
     return pool
 
 
-_work: Decoding | None = None
+_work: Callable[[range], Any] | None = None
 
 
-def _begin(work: Decoding) -> None:
+def _begin(work: Callable[[range], Any]) -> None:
     global _work
     begin_worker(0)
     _work = work
@@ -120,5 +126,5 @@ def _nothing() -> None:
     """The first task of all: done once a process is there."""
 
 
-def _in_worker(rows: range) -> dict[str, Any]:
+def _in_worker(rows: range) -> Any:
     return _work(rows)

@@ -1,7 +1,8 @@
 """A large file that is written in parts, by several processes, and goes on after a kill.
 
-`X.part` has its full size from the beginning; `X.part.jsonl` has a line for each part that is
-there, with its place, length and CRC-32. After a kill, only what the journal vouches for counts.
+`X.part` is the file so far, of its full size if that is known; `X.part.jsonl` has a line for each
+part that is there, with its place, length and CRC-32. After a kill, only what the journal vouches
+for counts.
 """
 
 import contextlib
@@ -38,14 +39,17 @@ class Journal:
     _lines: TextIO
 
     @classmethod
-    def open(cls, target: Path, header: bytes, size: int) -> "Journal":
-        """Begin the file that is to become `target`, of `size` bytes after the header, or go on
-        with it. Raises OSError."""
+    def open(cls, target: Path, header: bytes = b"", size: int | None = None) -> "Journal":
+        """Begin the file that is to become `target`, or go on with it. Raises OSError.
+
+        size: bytes after the header; None: as many as its parts come to.
+        """
         path = target.with_name(target.name + ".part")
         path.touch()
         file = path.open("r+b", buffering=0)
-        os.truncate(path, len(header) + size)
         facts = list(_whole(file, _notes(path)))
+        ends = [fact["start"] + fact["bytes"] for fact in facts]
+        os.truncate(path, max(ends, default=0) if size is None else len(header) + size)
         put(file, 0, memoryview(header))
         lines = _notes(path).open("w")
         journal = cls(path, [], file, lines)

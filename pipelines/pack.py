@@ -129,7 +129,7 @@ def _build(
     began = time.perf_counter()
     with naming(path.parent):
         journal = Journal.open(path, header, size)
-    done = int(_done(journal, n).sum())
+    done = int(rows_done(journal, n).sum())
     try:
         _check_space(path.parent, size * (n - done) // n)
         where = f"{done:,} of them there already from a killed packing" if done else "once"
@@ -168,7 +168,7 @@ def _check_space(folder: Path, size: int) -> None:
 
 def _write(dataset: Dataset, data: Data, journal: Journal, start: int, progress: bool) -> None:
     """Write the rows that are not yet there. Raises BadImage if all images are corrupt."""
-    todo = np.flatnonzero(~_done(journal, len(dataset)))
+    todo = np.flatnonzero(~rows_done(journal, len(dataset)))
     work = Decoding(dataset, data.on_error == "skip", journal.path, start)
     with naming(data.cache_folder()), bar(len(dataset), progress) as advance:
         advance(len(dataset) - len(todo))
@@ -178,7 +178,7 @@ def _write(dataset: Dataset, data: Data, journal: Journal, start: int, progress:
             advance(fact["rows"][1] - fact["rows"][0])
 
 
-def _done(journal: Journal, n: int) -> np.ndarray:
+def rows_done(journal: Journal, n: int) -> np.ndarray:
     """bool (n,): the rows that are in the file."""
     there = np.zeros(n, bool)
     for fact in journal.facts:

@@ -42,7 +42,8 @@ class Data:
     beton: Literal["raw", "jpeg"] = "raw"
     """Form of ffcv's .beton: pixels at the stored size, or JPEGs that are decoded each time."""
     workers: int = 2
-    """Decoding processes (torchvision) or threads (all others)."""
+    """Processes that decode (torchvision, and all caches while they are made), or threads (dali,
+    ffcv)."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do at a corrupt image: stop and name it, or skip and count it."""
     download: bool = False

@@ -124,29 +124,29 @@ class FileSet(EncodedSet):
 
     def path(self, row: int) -> Path:
         """Where the image of a row lies."""
-        return self.folder / os.fsdecode(bytes(self.names[row]))
+        return Path(self.describe(row))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def encoded(self, row: int) -> bytes:
         try:
-            with _open(self.path(row)) as file:
+            with _open(self.describe(row)) as file:
                 return file.read()
         except OSError as error:
-            raise Unreadable.of(self.path(row), error) from error
+            raise Unreadable.of(self.describe(row), error) from error
 
     def ends(self, row: int) -> tuple[int, bytes, bytes]:
         try:
-            with _open(self.path(row)) as file:
+            with _open(self.describe(row)) as file:
                 size = os.fstat(file.fileno()).st_size
                 head = os.pread(file.fileno(), ENDS[0], 0)
                 return size, head, os.pread(file.fileno(), ENDS[1], max(size - ENDS[1], 0))
         except OSError as error:
-            raise Unreadable.of(self.path(row), error) from error
+            raise Unreadable.of(self.describe(row), error) from error
 
     def describe(self, row: int) -> str:
-        return str(self.path(row))
+        return os.path.join(self.folder, os.fsdecode(bytes(self.names[row])))
 
     def fingerprint(self) -> str:
         """From names, sizes and modification times: 200,000 files take about a second."""
@@ -161,7 +161,7 @@ class FileSet(EncodedSet):
         return digest.hexdigest()
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: str) -> BinaryIO:
     """A regular file, unbuffered: anything else, as a pipe, may wait for ever. Raises OSError."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(number).st_mode):

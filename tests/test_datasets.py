@@ -179,7 +179,6 @@ def test_image_folders(tmp_path):
     save(flat / "b.png"), save(flat / "a.JPG"), save(flat / "sub" / "c.webp")
     save(flat / ".hidden" / "d.png"), save(flat / "._a.jpg"), (flat / "notes.txt").touch()
     save(classes / "dog" / "deep" / "1.png"), save(classes / "train" / "2.png")
-    (classes / "empty").mkdir()
     save(splits / "train" / "x" / "1.png"), save(splits / "train" / "y" / "2.png")
     save(splits / "val" / "y" / "3.png"), save(splits / "val" / "x" / "4.png")
 
