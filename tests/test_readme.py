@@ -59,6 +59,11 @@ def test_a_training_command_runs(line, tmp_path, weights, capsys):
     flags = [f for f in given if f not in ("--epochs", "20")]
     if "--metrics.every-kimg" in flags:
         flags += ["--metrics.weights", weights, *FEW]
+    if "photos.zip" in flags:
+        images(tmp_path / "photos", 20, (20, 20), 1)
+        photos = shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "photos")
+        flags[flags.index("photos.zip")] = photos
+        flags += ["--data.cache", str(tmp_path / "cache")]
     ranks = re.search(r"nproc_per_node=(\d+)", launcher)
     toy_flags = toy(name)[1]
     train(
