@@ -1,5 +1,5 @@
-"""Feeds one pipeline for some epochs and prints what that cost, as JSON: a process of its own, so
-that CPU time and memory are the pipeline's.
+"""Feeds one pipeline for some epochs and prints what the first and the later ones cost, as JSON: a
+process of its own, so that CPU time and memory are the pipeline's.
 
     python -m bench.feed_one PIPELINE FOLDER CACHE EPOCHS THREADS
 
@@ -84,19 +84,21 @@ def main(name: str, folder: str, cache: str, epochs: str, threads: str) -> None:
         length, batches = tutorial(Path(folder), int(threads) - 1)
     else:
         length, batches, close = ours(name, Path(folder), Path(cache), int(threads) - 1)
-    found = []
-    for _ in range(int(epochs)):
-        for _ in range(length):
+    found = {}
+    for name, count in (("first", 1), ("later", int(epochs) - 1)):
+        for _ in range(count * length):
             next(batches)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now, used = time.perf_counter(), cpu_seconds()
-        found.append({"seconds": now - began, "cpu_seconds": used - spent, "memory": memory()})
-        began, spent = now, used
+        seconds, used = time.perf_counter() - began, cpu_seconds() - spent
+        images = count * length * BATCH
+        found[name] = {"images": images, "seconds": seconds, "cpu_seconds": used}
+        found[name]["memory"] = memory()
+        began, spent = time.perf_counter(), cpu_seconds()
     if close:
         close()
     kept = sum(p.stat().st_size for p in Path(cache).rglob("*") if p.is_file())
-    print(json.dumps({"images": length * BATCH, "epochs": found, "disk": kept}))
+    print(json.dumps(found | {"disk": kept}))
 
 
 if __name__ == "__main__":

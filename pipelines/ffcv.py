@@ -174,11 +174,10 @@ def _decoder_class() -> type:
                     height, width = np.uint32(field["height"]), np.uint32(field["width"])
                     room = temporary[place]
                     decode_c(content, room, height, width, height, width, 0, 0, 1, 1, False, False)
-                    pixels = room[: 3 * height * width].reshape(height, width, 3)
                     side = min(height, width)
                     top, left = (height - side) // 2, (width - side) // 2
-                    square = pixels[top : top + side, left : left + side]
-                    resize_c(square, destination[place])
+                    first = 3 * (top * width + left)
+                    resize_c(room, first, 3 * width, side, destination[place])
                 return destination[: len(batch_indices)]
 
             decode.is_parallel = True
@@ -193,36 +192,38 @@ def _compiled_resize() -> Any:
 
     weights_c = Compiler.compile(_weights)
 
-    def resize(square, small):  # noqa: ANN001
-        """uint8 (S, S, 3) to (T, T, 3): bilinear with antialias, first over rows, then columns."""
-        size, target = square.shape[0], small.shape[0]
-        starts, weights = weights_c(size, target)
-        row = np.empty((size, 3), np.float32)
+    def resize(pixels, first, stride, size, small):  # noqa: ANN001
+        """The square of `size` pixels that begins at byte `first` of an image with `stride` bytes a
+        line, to uint8 (T, T, 3): bilinear with antialias, first over lines, then columns. Lines are
+        flat, so that the compiler makes vectors of them."""
+        target = small.shape[0]
+        starts, counts, weights = weights_c(size, target)
+        row = np.empty(3 * size, np.float32)
         for y in range(target):
-            row[:] = 0
-            for tap in range(weights.shape[1]):
-                weight, line = weights[y, tap], min(starts[y] + tap, size - 1)
-                for x in range(size):
-                    for channel in range(3):
-                        row[x, channel] += weight * square[line, x, channel]
+            row[:] = np.float32(0.5)  # rounds
+            for tap in range(counts[y]):
+                weight, begin = weights[y, tap], first + (starts[y] + tap) * stride
+                line = pixels[begin : begin + 3 * size]
+                for place in range(3 * size):
+                    row[place] += weight * np.float32(line[place])
             for x in range(target):
-                red = green = blue = np.float32(0.5)  # rounds
-                for tap in range(weights.shape[1]):
-                    weight, column = weights[x, tap], min(starts[x] + tap, size - 1)
-                    red += weight * row[column, 0]
-                    green += weight * row[column, 1]
-                    blue += weight * row[column, 2]
+                red = green = blue = np.float32(0)
+                for tap in range(counts[x]):
+                    weight, at = weights[x, tap], 3 * (starts[x] + tap)
+                    red += weight * row[at]
+                    green += weight * row[at + 1]
+                    blue += weight * row[at + 2]
                 small[y, x, 0], small[y, x, 1], small[y, x, 2] = int(red), int(green), int(blue)
 
     return Compiler.compile(resize)
 
 
-def _weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """First source pixel, int64 (target,), and triangle weights, float32 (target, taps), 0 beyond
-    the last, as PIL and torch have them: the triangle is as wide as the reduction."""
+def _weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First source pixel and number of them, int64 (target,), and triangle weights, float32
+    (target, taps), as PIL and torch have them: the triangle is as wide as the reduction."""
     scale = size / target
     width = max(scale, 1.0)
-    starts = np.zeros(target, np.int64)
+    starts, counts = np.zeros(target, np.int64), np.zeros(target, np.int64)
     weights = np.zeros((target, int(2 * width) + 3), np.float32)
     for place in range(target):
         centre = scale * (place + 0.5)
@@ -232,9 +233,9 @@ def _weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
             weight = max(1.0 - abs(source + 0.5 - centre) / width, 0.0)
             weights[place, source - start] = weight
             total += weight
-        starts[place] = start
+        starts[place], counts[place] = start, end - start
         weights[place] /= total
-    return starts, weights
+    return starts, counts, weights
 
 
 @functools.cache
