@@ -22,6 +22,7 @@ from engine.start import Training, begin, fail, find_dataset
 from engine.stats import synchronize
 from kernels import dispatch
 from pipelines.datasets import BadImage, Dataset, DatasetMissing
+from pipelines.images import with_remedy
 from pipelines.open import choose
 from pipelines.pack import CacheUnusable
 
@@ -94,7 +95,7 @@ def run_command(command: recipes.Command, name: str) -> int:
     except ValueError as error:
         fail(str(error), 2)
     except (DatasetMissing, *FAILURES) as error:
-        fail(str(error), 1)
+        fail(with_remedy(error), 1)
     with t.exits:
         try:
             if t.session.clock.images >= t.total:
@@ -106,7 +107,7 @@ def run_command(command: recipes.Command, name: str) -> int:
         except FAILURES as error:
             t.display.close()
             if t.session.ranks.rank == 0:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {with_remedy(error)}", file=sys.stderr, flush=True)
             return 1
     return 0
 

@@ -19,7 +19,7 @@ from pipelines.dali_graph import AHEAD, Broken, Graph, Source, decodable, missin
 from pipelines.feed import HostFed, Spec
 from pipelines.images import BadImage
 from pipelines.index import Index, open_index
-from pipelines.resident import say_skipped
+from pipelines.pack import say_skipped
 from pipelines.sources import EncodedSet
 
 __all__ = ["Dali", "missing", "open_dali"]

@@ -23,7 +23,7 @@ from pipelines.batch import Clock
 from pipelines.beton import Beton, beton_path, missing, open_beton, threads_kept
 from pipelines.feed import HostFed, Spec
 from pipelines.order import Order
-from pipelines.resident import say_skipped
+from pipelines.pack import say_skipped
 
 __all__ = ["Ffcv", "missing", "open_ffcv"]
 

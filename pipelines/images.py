@@ -35,8 +35,15 @@ class BadImage(Exception):
     def of(cls, name: str | os.PathLike, cause: Exception | str) -> "BadImage":
         """BadImage for a file, from what went wrong with it."""
         kind = f"{type(cause).__name__}: " if isinstance(cause, Exception) else ""
-        lines = str(cause).splitlines() or [""]  # torchvision adds a trace of C++
-        return cls(f"cannot decode {os.fspath(name)}: {kind}{lines[0]}")
+        line = (str(cause).splitlines() or [""])[0]  # torchvision adds a trace of C++
+        line = line.rsplit(", ", 1)[-1] if ".cpp:" in line else line
+        return cls(f"cannot decode {os.fspath(name)}: {kind}{line}")
+
+
+def with_remedy(error: Exception) -> str:
+    """What a user is told: the error, and what can be done about a bad image."""
+    remedy = "; --data.on-error skip leaves such images out" if isinstance(error, BadImage) else ""
+    return f"{error}{remedy}"
 
 
 class Unreadable(BadImage):
@@ -165,6 +172,8 @@ def decode(
         return _by_pil(content, name, channels, window)
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadImage.of(name, f"{error}".split(",")[0] + ": a decompression bomb?") from error
     except UnidentifiedImageError as error:
         raise BadImage.of(name, "not an image") from error
     except Exception as error:

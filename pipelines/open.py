@@ -161,12 +161,12 @@ def choose(
     if before and not _impossible(before, dataset, data):
         return before, "as when the run began"
     against = []
-    for name, obstacle in (
-        ("resident", _not_resident), ("ffcv", _not_ffcv), ("dali", _not_dali)
-    ):  # fmt: skip
+    checks = (("resident", _not_resident), ("ffcv", _not_ffcv), ("dali", _not_dali))
+    for name, obstacle in checks:
         why = obstacle(dataset, data, device)
         if not why:
-            return name, "chosen by auto" + "".join(f"; {text}" for text in against)
+            fits = f"chosen by auto: {packed_bytes(dataset) / 1e6:,.1f} MB packed fits"
+            return name, fits if name == "resident" else "; ".join(["chosen by auto", *against])
         against.append(f"not {name}: {why}")
     return "torchvision", "; ".join(against)
 

@@ -220,6 +220,13 @@ def publish(path: Path, temporary: Path, dataset: Dataset, facts: dict[str, Any]
         os.replace(temporary, path)
 
 
+def say_skipped(skipped: dict[int, str], say: Callable[[str], None]) -> None:
+    """Tell of the corrupt images, once."""
+    if skipped:
+        some = "; ".join(list(skipped.values())[:5])
+        say(f"{len(skipped):,} corrupt images skipped: {some}")
+
+
 @contextlib.contextmanager
 def naming(folder: Path) -> Iterator[None]:
     """Turn an error of the cache's disk into one that names the folder and the setting."""

@@ -15,12 +15,12 @@ import tyro
 
 from pipelines.beton import beton_path, missing, open_beton
 from pipelines.datasets import NAMES, find
-from pipelines.images import BadImage
+from pipelines.images import BadImage, with_remedy
 from pipelines.missing import DatasetMissing, NoSplit
-from pipelines.pack import CacheUnusable, open_pack, pack_path
+from pipelines.pack import CacheUnusable, lock, open_pack, pack_path, say_skipped
 from pipelines.settings import Data
 from pipelines.sources import Dataset
-from pipelines.style_zip import write_zip
+from pipelines.style_zip import refuse_another, write_zip
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Command:
                 f"{self.dataset!r} is no dataset (one of {', '.join(NAMES)}) that could lie in "
                 f"--path {self.path}: give one of the two"
             )
-        if not Path(self.dataset).exists():
+        if not self.dataset or not Path(self.dataset).exists():
             raise ValueError(
                 f"{self.dataset!r} is neither a dataset ({', '.join(NAMES)}) nor a folder or file"
             )
@@ -88,22 +88,38 @@ def prepare(command: Command) -> None:
         raise ValueError(
             "--to zip needs --out FILE.zip, and the others have none: --cache is their folder"
         )
+    if command.out is not None and command.out.suffix != ".zip":
+        raise ValueError(f"--out {command.out} must end in .zip")
     if command.to == "ffcv" and (obstacle := missing()):
         raise ValueError(obstacle)
     dataset = find(data, command.split)
     if command.to == "zip" and (dataset.second or dataset.fit.halves):
         raise ValueError(f"a zip holds single images, and {dataset.name} has two at a time")
     for domain in filter(None, (dataset, dataset.second)):
-        path = _prepare(command, domain, data)
-        print(f"{command.to}: {len(domain):,} images of {domain.name} in {path}")
+        path, skipped = _prepare(command, domain, data)
+        say_skipped(skipped, print)
+        count = len(domain) - (len(skipped) if command.to == "zip" else 0)
+        print(f"{command.to}: {count:,} images of {domain.name} in {path}")
 
 
-def _prepare(command: Command, dataset: Dataset, data: Data) -> Path:
+def _prepare(command: Command, dataset: Dataset, data: Data) -> tuple[Path, dict[int, str]]:
+    """The file, and the corrupt rows with what is wrong with them."""
     if command.to == "ffcv":
-        path = beton_path(dataset, data)
-        return open_beton(dataset, data, path, print, True).path
-    pack = open_pack(dataset, data, pack_path(dataset, data), print, True)
-    return pack.path if command.to == "packed" else write_zip(dataset, pack, command.out, print)
+        beton = open_beton(dataset, data, beton_path(dataset, data), print, True)
+        return beton.path, beton.skipped
+    path = pack_path(dataset, data)
+    if command.to == "zip":
+        refuse_another(path, command.out)  # before the work, and not after it
+    pack = open_pack(dataset, data, path, print, True)
+    if command.to == "zip":
+        with lock(path, print):
+            write_zip(dataset, pack, command.out, print)
+    return command.out or path, pack.skipped
+
+
+def _own_flags(text: str) -> str:
+    """A message for a run's settings, with the flags that they have here."""
+    return text.replace("--data.", "--").replace("data.", "--")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,10 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         prepare(command)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_own_flags(str(error))}", file=sys.stderr)
         return 2
     except (DatasetMissing, NoSplit, BadImage, CacheUnusable, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_own_flags(with_remedy(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

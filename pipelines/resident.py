@@ -1,7 +1,6 @@
 """The resident pipeline: the packed images wholly on the device, or memory-mapped on the host."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from pipelines.batch import Batch, Clock
 from pipelines.feed import HostFed, Spec
-from pipelines.pack import Pack, open_pack, packed_bytes
+from pipelines.pack import Pack, open_pack, packed_bytes, say_skipped
 
 SHARE_OF_MEMORY = 0.25
 """Part of the free device memory that images may take; the networks need the rest."""
@@ -95,13 +94,6 @@ def open_resident(spec: Spec, path: Path) -> OnDevice | Mapped:
     pipeline = (OnDevice if on_device else Mapped)(spec, pack)
     pipeline.choice = f"{packed_bytes(dataset) / 1e6:,.1f} MB packed, {why}"
     return pipeline
-
-
-def say_skipped(skipped: dict[int, str], say: Callable[[str], None]) -> None:
-    """Tell of the corrupt images, once."""
-    if skipped:
-        some = "; ".join(list(skipped.values())[:5])
-        say(f"{len(skipped):,} corrupt images skipped: {some}")
 
 
 def fits(size: int, device: torch.device) -> tuple[bool, str]:

@@ -24,24 +24,36 @@ def write_zip(dataset: Dataset, pack: Pack, path: Path, say: Callable[[str], Non
     The images are decoded already, so that writing is quick and a killed one begins anew. Raises
     CacheUnusable if a file is there that is not this very zip, OSError for the disk.
     """
-    mark = f"saddle {pack.path.stem}".encode()
+    refuse_another(pack.path, path)
     if path.exists():
-        if _comment(path) == mark:
-            say(f"{path} is there already")
-            return path
-        raise CacheUnusable(f"{path} is there and is another file: move it away or change --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
+        say(f"{path} is there already")
+        return path
+    # a name that nobody else takes
+    temporary = path.with_name(f"{path.name}.{pack.path.stem}.part")
     rows = np.flatnonzero(pack.rows == np.arange(len(pack.rows)))
     try:
-        _write(dataset, pack, rows, temporary, mark)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(dataset, pack, rows, temporary, _mark(pack.path))
         with zipfile.ZipFile(temporary) as file:
             if (torn := file.testzip()) or len(file.namelist()) != len(rows) + 1:
                 raise OSError(f"{temporary} does not hold what was written to it ({torn})")
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def refuse_another(packed: Path, path: Path) -> None:
+    """CacheUnusable if a file is at `path` that is not the zip of this packed cache."""
+    if path.exists() and _comment(path) != _mark(packed):
+        raise CacheUnusable(f"{path} is there and is another file: move it away or change --out")
+
+
+def _mark(packed: Path) -> bytes:
+    """What the zip of a packed cache says of itself."""
+    return f"saddle {packed.stem}".encode()
 
 
 def _write(dataset: Dataset, pack: Pack, rows: np.ndarray, path: Path, mark: bytes) -> None:

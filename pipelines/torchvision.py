@@ -22,7 +22,7 @@ from pipelines.batch import Clock
 from pipelines.feed import HostFed, Spec
 from pipelines.index import open_index
 from pipelines.order import Order
-from pipelines.resident import say_skipped
+from pipelines.pack import say_skipped
 from pipelines.sources import EncodedSet
 from pipelines.workers import Decoder, as_it_is, begin_worker, shielded
 

@@ -27,7 +27,7 @@ def no_room(monkeypatch):
 
 
 def test_what_fits_is_resident(data, monkeypatch):
-    assert choose(find(data), data, CPU) == ("resident", "chosen by auto")
+    assert choose(find(data), data, CPU) == ("resident", "chosen by auto: 0.0 MB packed fits")
     monkeypatch.setattr(opening, "_available_memory", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 10**9))
     assert choose(find(data), data, CUDA)[0] == "resident"  # on the device
@@ -71,7 +71,7 @@ def test_the_choice_is_kept_while_it_is_possible(data, monkeypatch):
     assert choose(dataset, data, CPU, "torchvision") == ("torchvision", "as when the run began")
     assert opened(data, clock_of(data)).name == "resident"
     monkeypatch.setattr(opening.dali, "missing", lambda: "gone")
-    assert choose(dataset, data, CPU, "dali") == ("resident", "chosen by auto")
+    assert choose(dataset, data, CPU, "dali") == ("resident", "chosen by auto: 0.0 MB packed fits")
 
 
 def test_a_resumed_run_keeps_its_pipeline(tmp_path):
