@@ -253,8 +253,7 @@ def _stream_class() -> type:
             super().__init__(loader, ())
 
         def start(self) -> None:
-            """Called by FFCV's __init__, which has made a queue without bound."""
-            self.output_queue = Queue(AHEAD)
+            self.output_queue = Queue(AHEAD)  # FFCV's __init__, which calls this, sets no bound
             super().start()
 
         def run(self) -> None:
@@ -275,8 +274,7 @@ def _stream_class() -> type:
                 self._put(error)
 
         def _renew_buffer(self) -> None:
-            """Have FFCV decode into memory that nothing else holds: it would use a few buffers in
-            turn, under the eyes of whoever kept a batch. This saves a copy of each."""
+            """Have FFCV decode into memory that nothing else holds: its few buffers come again."""
             buffers = self.memory_allocations["operation"]
             held = buffers[self._image]
             if isinstance(held, tuple):  # and room for a batch of sources
@@ -292,7 +290,7 @@ def _stream_class() -> type:
                     continue
 
         def stop(self) -> None:
-            """Have the thread end, and wait for that; while numba compiles this takes seconds."""
+            """Have the thread end, and wait; while numba compiles this takes seconds."""
             self.terminate_event.set()
             while self.is_alive():
                 try:

@@ -1,7 +1,6 @@
 """Datasets: every layout on tiny files, odd image modes, broken files, and what a user is told."""
 
 import gzip
-import io
 import os
 import pickle
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 
 from pipelines import datasets
 from pipelines.datasets import BadImage, DatasetMissing, NoSplit, find
-from pipelines.images import Fit, Unreadable, decode
+from pipelines.images import Unreadable, decode
 from pipelines.settings import Data
 
 REAL = os.environ.get("SADDLE_DATA")
@@ -215,34 +214,6 @@ def test_digits_and_synthetic():
         assert np.array_equal(train.decode(7), find(data).decode(7))
         assert not np.array_equal(train.decode(7), test.decode(7))
         assert train.fingerprint() != test.fingerprint() and len(train.classes) == 10
-
-
-def test_fit_crops_the_centre_and_resizes():
-    pixels = np.zeros((20, 30, 3), np.uint8)
-    pixels[5:15, 10:20] = 200
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "PNG")
-    image = content.getvalue()
-    assert (Fit(10, 3, crop=10)(image, "x") == 200).all()
-    assert (Fit(4, 1, crop=10)(image, "x") == 200).all()
-    assert Fit(20, 3)(image, "x").shape == (20, 20, 3)  # the largest centred square
-    assert Fit(20, 3)(image, "x")[5:15, 5:15].min() == 200
-    assert Fit(5, 3)(image, "x", (10, 5, 20, 15)).min() == 200  # of the box alone
-    with pytest.raises(ValueError, match=r"data\.crop=21 is larger than x \(30x20\)"):
-        Fit(4, 1, crop=21)(image, "x")
-
-
-@pytest.mark.parametrize("size", [(178, 218), (89, 109), (500, 375), (40, 64)])
-def test_resizing_is_pillows_to_one_level(size):
-    pixels = noise(size[1], size[0], 3)
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=90)
-    got = Fit(64, 3)(content.getvalue(), "x").astype(int)
-    with Image.open(content) as image:
-        left, top = (image.width - min(size)) // 2, (image.height - min(size)) // 2
-        square = image.crop((left, top, left + min(size), top + min(size)))
-        wanted = np.asarray(square.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(got - wanted).max() <= 1 and np.abs(got - wanted).mean() < 0.05
 
 
 def test_a_crop_that_cannot_be_is_found_at_once(tmp_path):
