@@ -10,11 +10,16 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 BLOCK = 1 << 22
+FLUSH = 1 << 27
+"""Bytes after which a thread brings what is written to the disk: for CelebA at 64 pixels the end
+would otherwise wait 8 s for a disk of 300 MB/s."""
+READERS = 4
 
 
 def put(file: BinaryIO, start: int, content: memoryview) -> dict[str, int]:
@@ -37,6 +42,9 @@ class Journal:
     facts: list[dict[str, Any]]
     file: BinaryIO
     _lines: TextIO
+    _flusher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _flushes: list[Future] = field(default_factory=list)
+    _unflushed: int = 0
 
     @classmethod
     def open(cls, target: Path, header: bytes = b"", size: int | None = None) -> "Journal":
@@ -62,9 +70,15 @@ class Journal:
         self._lines.write(json.dumps(fact) + "\n")
         self._lines.flush()
         self.facts.append(fact)
+        self._unflushed += fact["bytes"]
+        if self._unflushed > FLUSH:
+            self._unflushed = 0
+            self._flushes.append(self._flusher.submit(os.fdatasync, self.file.fileno()))
 
     def finish(self) -> None:
         """Bring it to the disk and read it back. Raises OSError if it is not what was written."""
+        for flush in self._flushes:
+            flush.result()  # the kernel tells of a failed write once
         os.fsync(self.file.fileno())
         if sum(1 for _ in _whole(self.file, _notes(self.path))) != len(self.facts):
             raise OSError(f"{self.path} does not hold what was written to it")
@@ -72,6 +86,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the files; they stay."""
+        self._flusher.shutdown(cancel_futures=True)
         self.file.close()
         self._lines.close()
 
@@ -89,17 +104,25 @@ def _notes(path: Path) -> Path:
 
 def _whole(file: BinaryIO, notes: Path) -> Iterator[dict[str, Any]]:
     """Facts of the parts that are there as they were written."""
+    facts = list(_facts(notes))
+    with ThreadPoolExecutor(READERS) as pool:  # both the disk and zlib let go of the interpreter
+        wholes = pool.map(lambda fact: _crc(file, fact["start"], fact["bytes"]), facts)
+        yield from (f for f, crc in zip(facts, wholes, strict=True) if crc == f["crc"])
+
+
+def _facts(notes: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a journal; a torn one ends it."""
     if not notes.exists():
         return
     with notes.open() as lines:
         for line in lines:
             try:
                 fact = json.loads(line)
-                whole = _crc(file, fact["start"], fact["bytes"]) == fact["crc"]
-            except (ValueError, KeyError, TypeError):
-                return  # the last line, torn
-            if whole:
-                yield fact
+            except ValueError:
+                return
+            if not (isinstance(fact, dict) and {"start", "bytes", "crc"} <= fact.keys()):
+                return
+            yield fact
 
 
 def _crc(file: BinaryIO, start: int, count: int) -> int | None:

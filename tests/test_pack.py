@@ -1,5 +1,6 @@
 """The packed cache: when is it taken, built again, waited for, and what if it cannot be written?"""
 
+import errno
 import json
 import os
 import threading
@@ -145,6 +146,17 @@ def test_what_fails_in_another_process_is_said_as_here(data, monkeypatch):
     with pytest.raises(BadImage, match="the file is empty"):
         packed(replace(data, workers=2))
     assert not list(data.cache.glob("*.npy*")) and not active_children()
+
+
+def test_a_disk_that_fails_behind_our_back_is_named(data, monkeypatch):
+    def fail(_number: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("pipelines.journal.FLUSH", 1)
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(CacheUnusable, match=r"cannot write .*Input/output error"):
+        packed(data)
+    assert not list(data.cache.glob("*.npy*"))
 
 
 def test_one_process_builds_while_others_wait(data, monkeypatch):
