@@ -146,8 +146,8 @@ def resize(pixels_HWC: np.ndarray, side: int) -> np.ndarray:
 
 
 def resize_batch(images_NHWC: torch.Tensor, side: int) -> torch.Tensor:
-    """uint8 (N, side, side, C) of contiguous images. torch's kernel for channels_last, which it only
-    takes where the batch's axis is there before the channels go first, needs 0.6 of the time."""
+    """uint8 (N, side, side, C) of contiguous images. torch's kernel for channels_last needs 0.6 of
+    the time; it takes that only where the batch's axis is there before the channels go first."""
     images_NCHW = images_NHWC.permute(0, 3, 1, 2)
     small_NCHW = interpolate(images_NCHW, (side, side), mode="bilinear", antialias=True)
     return small_NCHW.permute(0, 2, 3, 1)
