@@ -20,7 +20,7 @@ from torch import Tensor
 from engine import pictures
 from engine.latents import arcs
 from engine.trained import Model
-from pipelines.images import Fit
+from pipelines.images import Fit, pixels_of
 
 BATCH = 16  # images of one forward
 LARGEST = 1 << 25  # pixels of a picture or an upload: float copies then stay below 2 GB
@@ -125,7 +125,7 @@ class Studio:
                     raise Refused(f"the image has {pixels / 1e6:,.0f} million pixels; {most}")
                 image.load()
                 turned = ImageOps.exif_transpose(image)
-                pixels_CHW = fit(turned, "the image")
+                stored_HWC = fit.resized(pixels_of(turned, fit.channels), "the image")
         except Refused:
             raise
         except Image.DecompressionBombError as error:  # PIL's own limit, above this one
@@ -134,7 +134,7 @@ class Studio:
         except Exception as error:
             kinds = ", ".join(FORMATS)
             raise Refused(f"this cannot be read as an image ({kinds} can)") from error
-        return torch.tensor(pixels_CHW)[None].float() / 127.5 - 1
+        return torch.from_numpy(fit.shown(stored_HWC[None])).float() / 127.5 - 1
 
     def _save(self, picture: Image.Image, name: str, seed: int) -> Path:
         path = self.folder / f"{name}.png"

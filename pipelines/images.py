@@ -195,7 +195,14 @@ def _by_pil(content: bytes, name: str, channels: int, window: tuple[int, int] | 
     with Image.open(io.BytesIO(content)) as image:
         check_pixels(image.size, name)
         image.load()  # truncated files raise: PIL's LOAD_TRUNCATED_IMAGES is never set
-        image = to_channels(image, channels, window)
+        return pixels_of(image, channels, window)
+
+
+def pixels_of(
+    image: Image.Image, channels: int, window: tuple[int, int] | None = None
+) -> np.ndarray:
+    """uint8 (H, W, C) of a loaded PIL image of any mode (see `to_channels`)."""
+    image = to_channels(image, channels, window)
     return np.asarray(image, dtype=np.uint8).reshape(*image.size[::-1], channels)
 
 

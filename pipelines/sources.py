@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from pipelines.images import Box, Fit, Unreadable, size_of, to_channels
+from pipelines.images import Box, Fit, Unreadable, pixels_of, size_of
 
 ENDS = 8192, 64
 """Bytes of a file's beginning and end that tell what it is and whether it is whole."""
@@ -182,9 +182,7 @@ class ArraySet(Dataset):
     def decode(self, row: int) -> np.ndarray:
         pixels_HWC, channels = self.images_NHWC[row], self.fit.channels
         if pixels_HWC.shape[2] != channels:
-            grey = Image.fromarray(pixels_HWC.squeeze())
-            image = to_channels(grey, channels)
-            pixels_HWC = np.asarray(image).reshape(*image.size[::-1], channels)
+            pixels_HWC = pixels_of(Image.fromarray(pixels_HWC.squeeze()), channels)
         return self.fit.resized(pixels_HWC, self.describe(row))
 
     def describe(self, row: int) -> str:
