@@ -48,17 +48,10 @@ def _both(name: str, split: str, fit: Fit, root: Path) -> FileSet:
 
 def open_pairs(data: Data, split: str, fit: Fit, places: tuple[str, ...]) -> FileSet:
     """Images that hold a pair: the left half is the image, the right half its partner."""
-    roots = _roots(data, places)
-    for root in roots:
-        folder = layouts.split_folder(root, split)
-        if folder is None:
-            raise NoSplit(f"the pairs in {root} have no {split} images (no {split}/ beside train/)")
-        names = layouts.list_images(folder)
-        if len(names):
-            fit = replace(fit, halves=True)
-            note = "pairs: left half and right half"
-            return FileSet(data.name, split, fit, note=note, folder=folder, names=names)
-    raise DatasetMissing(missing_text(data, looked=(IMAGES + " of two halves", roots)))
+    folder, names = _files(data, split, places, IMAGES + " of two halves")
+    note = "pairs: left half and right half"
+    fit = replace(fit, halves=True)
+    return FileSet(data.name, split, fit, note=note, folder=folder, names=names)
 
 
 @dataclass
@@ -86,15 +79,7 @@ class TileSet(FileSet):
 def open_tiles(data: Data, split: str, fit: Fit, places: tuple[str, ...]) -> TileSet:
     """All tiles of `data.load` (or `data.resolution`) pixels of the images of a folder, evenly
     spread so that they cover each image and overlap as little as they must."""
-    roots = _roots(data, places)
-    for root in roots:
-        folder = layouts.split_folder(root, split)
-        if folder is None:
-            raise NoSplit(f"the images in {root} have no {split} part (no {split}/ beside train/)")
-        files = layouts.list_images(folder)
-        if len(files):
-            return _tiled(data, split, fit, folder, files)
-    raise DatasetMissing(missing_text(data, looked=(IMAGES, roots)))
+    return _tiled(data, split, fit, *_files(data, split, places, IMAGES))
 
 
 def _tiled(data: Data, split: str, fit: Fit, folder: Path, files: np.ndarray) -> TileSet:
@@ -128,6 +113,21 @@ def _starts(length: int, side: int) -> list[int]:
         return []
     count = -(-length // side)
     return np.linspace(0, length - side, count).round().astype(int).tolist()
+
+
+def _files(data: Data, split: str, places: tuple[str, ...], wanted: str) -> tuple[Path, np.ndarray]:
+    """The first place that has images of a split: its folder and their names."""
+    roots = _roots(data, places)
+    for root in roots:
+        folder = layouts.split_folder(root, split)
+        if folder is None:
+            raise NoSplit(
+                f"{data.name} in {root} has no {split} images (no {split}/ beside train/)"
+            )
+        names = layouts.list_images(folder)
+        if len(names):
+            return folder, names
+    raise DatasetMissing(missing_text(data, looked=(wanted, roots)))
 
 
 def _roots(data: Data, places: tuple[str, ...]) -> list[Path]:

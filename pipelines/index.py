@@ -6,8 +6,6 @@ the pipelines that decode while training, and those whose decoders crash on what
 """
 
 import contextlib
-import os
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.images import BadImage, Unreadable, check_pixels, decode, jpeg_frame
+from pipelines.kept import UNREADABLE, write
 from pipelines.pack import bar, cache_name
 from pipelines.settings import Data
 from pipelines.sources import EncodedSet
@@ -94,18 +93,15 @@ def _load(path: Path, n: int) -> Index | None:
         with np.load(path, allow_pickle=False) as file:
             sizes_N2, plain_N = file["sizes"], file["plain"]
             bad = dict(zip(file["bad"].tolist(), file["causes"].tolist(), strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except UNREADABLE:
         return None
     return Index(sizes_N2, plain_N, bad) if sizes_N2.shape == (n, 2) else None
 
 
 def _save(index: Index, path: Path) -> None:
     """Keep it; where the cache folder cannot be written it is made again the next time."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    rows = np.array(list(index.bad), np.int64)
+    causes = np.array(list(index.bad.values())).astype(str)
+    found = {"sizes": index.sizes_N2, "plain": index.plain_N, "bad": rows, "causes": causes}
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            rows, causes = np.array(list(index.bad), np.int64), np.array(list(index.bad.values()))
-            causes = causes.astype(str)
-            np.savez(file, sizes=index.sizes_N2, plain=index.plain_N, bad=rows, causes=causes)
-        os.replace(temporary, path)
+        write(path, found)

@@ -33,11 +33,12 @@ def kept(folder: Path, kind: str, path: Path, make: Callable[[], Arrays]) -> Arr
             return {name: arrays[name] for name in arrays.files if name != "kind"}
     found = make()
     with contextlib.suppress(OSError):
-        _write(place, {**found, "kind": np.array(kind)})
+        write(place, {**found, "kind": np.array(kind)})
     return found
 
 
-def _write(place: Path, arrays: Arrays) -> None:
+def write(place: Path, arrays: Arrays) -> None:
+    """Write an .npz, whole or not at all. Raises OSError."""
     place.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(prefix=f".{place.stem}-", suffix=".part", dir=place.parent)
     try:
