@@ -14,11 +14,11 @@ from pipelines import layouts
 from pipelines.archives import holds_archives, open_archive
 from pipelines.birds import open_birds
 from pipelines.domains import open_pairs, open_tiles, open_unpaired
-from pipelines.images import BadImage, Fit
+from pipelines.images import BadImage, Fit, sixteen_bits
 from pipelines.lsun import open_lsun
 from pipelines.missing import DOWNLOADS, DatasetMissing, NoSplit, missing_text
 from pipelines.settings import Data
-from pipelines.sources import ArraySet, Dataset, FileSet, Synthetic
+from pipelines.sources import ArraySet, Dataset, EncodedSet, FileSet, Synthetic
 
 __all__ = ["BadImage", "Dataset", "DatasetMissing", "NoSplit", "download", "find"]
 
@@ -53,12 +53,25 @@ def find(data: Data, split: str = "train") -> Dataset:
         )
     _check_sizes(data)
     try:
-        return _look(data, split)
+        dataset = _look(data, split)
     except DatasetMissing:
         if not data.download:
             raise
-    download(data)
-    return _look(data, split)
+        download(data)
+        dataset = _look(data, split)
+    if data.window is not None:
+        _check_sixteen_bits(dataset)
+    return dataset
+
+
+def _check_sixteen_bits(dataset: Dataset) -> None:
+    """A window without 16-bit images would silently do nothing; the first image tells."""
+    content = dataset.encoded(0) if isinstance(dataset, EncodedSet) else b""
+    if not sixteen_bits(content):
+        raise ValueError(
+            f"--data.window is for 16-bit grey images, and those of {dataset.name} "
+            f"({dataset.describe(0)}) are not: leave it out"
+        )
 
 
 def _check_sizes(data: Data) -> None:

@@ -27,6 +27,8 @@ AHEAD = 8
 PATIENCE_S = 6.0
 """Seconds of work, alone, from which on other processes are started, judged by a tenth of
 that."""
+MANY = 20_000
+"""Images from which on they are started at once: no machine decodes so many in less."""
 
 
 class Decoding:
@@ -66,6 +68,8 @@ def decode_all(work: Callable[[range], Any], todo: np.ndarray, workers: int) -> 
     waiting, ahead, starting = deque(chunks(todo)), deque(), None
     starter = ThreadPoolExecutor(1)
     began, alone = 0.0, 0
+    if workers > 1 and len(todo) >= MANY:
+        starting = starter.submit(_pool, work, workers - 1)
     try:
         while waiting or ahead:
             while ahead and (ahead[0].done() or not waiting or len(ahead) > AHEAD * workers):
@@ -104,7 +108,7 @@ def chunks(todo: np.ndarray) -> list[range]:
 
 def _pool(work: Callable[[range], Any], processes: int) -> ProcessPoolExecutor:
     """Processes that are ready to work: takes seconds, so a thread waits for it."""
-    set_forkserver_preload(["__main__", "torch", "torchvision"])
+    set_forkserver_preload(["__main__", "pipelines.images"])
     pool = ProcessPoolExecutor(
         processes, get_context("forkserver"), initializer=_begin, initargs=(work,)
     )

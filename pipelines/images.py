@@ -5,6 +5,7 @@ FFCV, which decode by themselves, are told the same squares.
 """
 
 import functools
+import importlib.util
 import io
 import os
 from collections.abc import Callable
@@ -185,9 +186,17 @@ def decode(
 @functools.cache
 def _jpeg_decoder() -> Callable[[torch.Tensor, int, bool], torch.Tensor] | None:
     """torchvision's operator, without the function around it, which is deprecated and warns at each
-    image; None where a version has it no more."""
-    import torchvision  # noqa: F401  (registers the operator)
+    image; None where a version has it no more.
 
+    Its library alone where that is found: to import torchvision takes each process 2 s more.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    folders = spec.submodule_search_locations if spec else []
+    libraries = [path for folder in folders for path in Path(folder).glob("image*.so")]
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except (IndexError, OSError):
+        import torchvision  # noqa: F401  (registers the operator)
     return getattr(torch.ops.image, "decode_jpeg", None)
 
 
@@ -234,6 +243,15 @@ def size_of(path: Path) -> tuple[int, int] | None:
             return image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+
+
+def sixteen_bits(content: bytes) -> bool:
+    """Whether an encoded image's header says that its pixels are 16-bit grey."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.mode.startswith("I")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def to_channels(

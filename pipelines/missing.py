@@ -23,15 +23,10 @@ def missing_text(data: Data, why: str = "", looked: tuple[str, list[Path]] | Non
     if looked is not None:
         lines += [f"  looked for: {looked[0]}"]
         lines += [f"  in: {folder.absolute()}" for folder in looked[1]]
-    fetch = "fetches it with torchvision into the root"
-    if data.name not in DOWNLOADS:
-        fetch = f"fetches {', '.join(DOWNLOADS)} only, not {data.name!r}"
-    return "\n".join(
-        [
-            *lines,
-            "remedies:",
-            "  SADDLE_DATA=/folder (or --data.root, --data.path)  says where the data is",
-            f"  --data.download  {fetch}",
-            "  --data.name synthetic  runs on computed images instead",
-        ]
-    )
+    remedies = ["  SADDLE_DATA=/folder (or --data.root, --data.path)  says where the data is"]
+    if data.path is not None:
+        remedies = ["  --data.path  names another place"]
+    if data.name in DOWNLOADS:
+        remedies.append("  --data.download  fetches it with torchvision into the root")
+    remedies.append("  --data.name synthetic  runs on computed images instead")
+    return "\n".join([*lines, "remedies:", *remedies])

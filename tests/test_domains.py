@@ -158,6 +158,9 @@ def test_sixteen_bit_scans_are_windowed(tmp_path):
         assert windowed.tolist() == [[0, 0], [128, 255]]
     signed = find(replace(data, window=(-1000, 3000))).decode(0)[..., 0]
     assert signed.tolist() == [[64, 128], [223, 255]]
+    Image.fromarray(scan.astype(np.uint8)).save(folder / "scan.tif")
+    with pytest.raises(ValueError, match=r"--data\.window is for 16-bit .*scan\.tif.*leave it out"):
+        find(replace(data, window=(1000, 4000)))
 
 
 @needs_real_data
