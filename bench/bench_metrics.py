@@ -15,9 +15,9 @@ import torch
 from engine.metrics.distances import frechet_distance
 from engine.metrics.evaluator import Evaluator
 from engine.metrics.statistics import Accumulator
-from engine.parallel import Ranks
 from engine.recipe import load
 from engine.session import build_networks
+from engine.world import Ranks
 from pipelines.datasets import DatasetMissing, find
 
 

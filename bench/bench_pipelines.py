@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import parallel, recipe, session
+from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
 from engine.precision import choose_precision
 from engine.stats import synchronize
@@ -158,7 +158,7 @@ def trained(faces, device, tmp_path_factory):
     data = replace(given.data, name="folder", path=faces, cache=cache, batch=64, flip=True)
     given = replace(given, data=data)
     compiler = Compiler(device.type == "cuda" or not missing_toolchain(), "bench")
-    ranks = parallel.Ranks(0, 0, 1, device)
+    ranks = world.Ranks(0, 0, 1, device)
     live = session.start(given, ranks, choose_precision("auto", device), compiler, 10**6)
     dataset = find(data)
     feeds = {}

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.tutorial_dcgan import TutorialDCGAN
-from engine import parallel, recipe, session
+from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
 from engine.describe import cost
 from engine.precision import choose_precision
@@ -50,7 +50,7 @@ def tutorial(device):
 
 
 def ours(device, compiled):
-    ranks = parallel.Ranks(0, 0, 1, device)
+    ranks = world.Ranks(0, 0, 1, device)
     compiler = Compiler(compiled, "bench", required=True)
     precision = choose_precision("auto", device)
     live = session.start(small_dcgan(), ranks, precision, compiler, 10**6)

@@ -16,10 +16,10 @@ import tyro
 from engine.metrics.distances import figures
 from engine.metrics.evaluator import real_features
 from engine.metrics.extractor import open_extractor
-from engine.parallel import Ranks
 from engine.report.read import Evaluation, read_run
 from engine.run import RunError, read_recipe
 from engine.verb import exit_code
+from engine.world import Ranks
 from pipelines.datasets import find
 
 

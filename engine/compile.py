@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.parallel import Ranks
+from engine.world import Ranks
 
 # Compilation of a small network pair costs half a minute to a minute of two CPU cores; a run must
 # be long enough for its gain (a tenth, bench/bench_step.py) to exceed that.

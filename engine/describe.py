@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from engine.compile import Compiler
-from engine.parallel import Ranks
 from engine.precision import Precision
 from engine.recipe import flatten
 from engine.session import build_networks, start
 from engine.settings import Recipe
+from engine.world import Ranks
 from pipelines.batch import Batch
 
 META = torch.device("meta")

@@ -26,13 +26,13 @@ from engine.checkpoint import CheckpointError
 from engine.metrics.evaluator import Evaluation, Evaluator
 from engine.metrics.folders import Folders
 from engine.metrics.protocol import Protocol, differences, held_out_words
-from engine.parallel import Ranks, choose_device
 from engine.report.read import EVALUATED, read_evaluated
 from engine.run import RunError, read_recipe
 from engine.settings import Metrics
 from engine.trained import Choice, Trained, open_run
 from engine.verb import exit_code, say, warn
 from engine.whole import write_whole
+from engine.world import Ranks, choose_device
 from pipelines.datasets import BadImage, DatasetMissing
 from pipelines.pack import CacheUnusable
 from pipelines.settings import Data

@@ -25,9 +25,9 @@ from torch.export.passes import move_to_device_pass
 
 from engine.export import source
 from engine.networks.load import rebuild
-from engine.parallel import choose_device
 from engine.run import RunError
 from engine.trained import Model
+from engine.world import choose_device
 
 CONFIG = "config.json"
 KEY = "saddle"  # under which a file carries the configuration

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from engine.compile import Compiler
 from engine.ema import Average
-from engine.parallel import Ranks, local_gradients, wrap
+from engine.parallel import local_gradients, wrap
 from engine.precision import Precision
 from engine.settings import Adam, PlayerSettings, Values
+from engine.world import Ranks
 from pipelines.batch import Clock
 
 

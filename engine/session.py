@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.compile import Compiler
-from engine.parallel import Ranks
 from engine.player import Player
 from engine.precision import Precision
 from engine.recipe import image_spec
 from engine.settings import Networks, PlayerSettings, Recipe, Values
+from engine.world import Ranks
 from kernels import dispatch, philox
 from kernels.batchnorm_module import fuse, synchronise
 from pipelines.batch import Batch, Clock

@@ -7,7 +7,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from engine.parallel import Ranks
+from engine.world import Ranks
 
 
 class StopRequest:

@@ -15,9 +15,9 @@ from engine.monitors import pairwise_distance
 from engine.neighbours import Found, Neighbours
 from engine.origin import Origin
 from engine.originals import UNUSABLE, originals, rows_over_rows
-from engine.parallel import Ranks
 from engine.session import Session
 from engine.settings import Algorithm
+from engine.world import Ranks
 from kernels import philox
 from pipelines.datasets import Dataset, decode_some
 

@@ -12,13 +12,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from engine import checkpoint, parallel, run, session
+from engine import checkpoint, run, session, world
 from engine.compile import Compiler, choose_compile, compile_obstacle, graphs, rehearse
 from engine.describe import Cost
 from engine.display import Display
 from engine.metrics.schedule import Schedule
 from engine.monitors import Monitors
-from engine.parallel import Ranks
 from engine.precision import Precision, choose_precision
 from engine.recipe import Command, flatten, total_images
 from engine.session import Session
@@ -27,6 +26,7 @@ from engine.signals import StopRequest
 from engine.snapshot import Snapshots
 from engine.stats import Record, Stats
 from engine.track import Trackers
+from engine.world import Ranks
 from pipelines.datasets import BadImage, Dataset, DatasetMissing, find
 from pipelines.open import Pipeline, open_pipeline
 from pipelines.settings import Data
@@ -66,12 +66,12 @@ def fail(message: str, code: int) -> NoReturn:
     Another rank waits for rank 0 to have said the same, and to be stopped by the launcher; if it
     is still there then, the trouble is its own.
     """
-    rank = parallel.environment()[0]
+    rank = world.environment()[0]
     if rank:
         time.sleep(PATIENCE_S)
         message = f"rank {rank} on {socket.gethostname()}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
-    parallel.leave(code)
+    world.leave(code)
 
 
 def find_dataset(data: Data) -> Dataset:
@@ -79,7 +79,7 @@ def find_dataset(data: Data) -> Dataset:
 
     Raises DatasetMissing, or ValueError naming a setting.
     """
-    if not data.download or parallel.environment()[1] == 0:
+    if not data.download or world.environment()[1] == 0:
         return find(data)
     while True:  # a rank that fails to fetch it ends the others through the launcher
         try:
@@ -96,8 +96,8 @@ def begin(
     stop, exits = StopRequest(), ExitStack()
     exits.callback(stop.restore)
     try:
-        ranks = parallel.start(device)
-        exits.callback(parallel.stop)
+        ranks = world.start(device)
+        exits.callback(world.stop)
         exits.callback(stop.settle)
         return _prepare(command, name, dataset, ranks, cost, stop, exits)
     except BaseException:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.parallel import Ranks
 from engine.settings import Values
 from engine.track import Trackers
+from engine.world import Ranks
 
 
 class Stats:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from engine.parallel import environment
+from engine.world import environment
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

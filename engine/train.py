@@ -14,12 +14,12 @@ from engine import BEGAN, checkpoint, describe, progress
 from engine import recipe as recipes
 from engine.compile import CompileError, choose_compile, compile_obstacle
 from engine.failure import NonFinite, roll_back, write_evidence
-from engine.parallel import choose_device, environment, leave
 from engine.precision import choose_precision
 from engine.run import RunError, device_name
 from engine.settings import Metrics
 from engine.start import Training, begin, fail, find_dataset
 from engine.stats import synchronize
+from engine.world import choose_device, environment, leave
 from kernels import dispatch
 from pipelines.datasets import BadImage, Dataset, DatasetMissing
 from pipelines.images import with_remedy

@@ -17,10 +17,10 @@ from torch import Tensor
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Loaded
 from engine.origin import Origin
-from engine.parallel import choose_device
 from engine.run import RunError, read_recipe
 from engine.session import build_networks
 from engine.settings import Networks, Recipe
+from engine.world import choose_device
 from kernels import philox
 
 LATENTS = 3  # noise stream; training takes 1, a run's own pictures 2

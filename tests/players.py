@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from engine.parallel import Ranks
 from engine.precision import Precision
+from engine.world import Ranks
 
 CPU = torch.device("cpu")
 RANKS = Ranks(0, 0, 1, CPU)

@@ -17,7 +17,6 @@ from engine import session
 from engine.compile import Compiler
 from engine.describe import META, cost, example_batch
 from engine.networks import dcgan, vae
-from engine.parallel import Ranks
 from engine.player import Player
 from engine.precision import Precision
 from engine.session import Session
@@ -25,6 +24,7 @@ from engine.settings import Adam, Algorithm, Length, PlayerSettings, Recipe
 from engine.stats import Stats
 from engine.steps.adversarial import Adversarial
 from engine.steps.autoencoder import Variational
+from engine.world import Ranks
 from kernels import image_batch
 from pipelines.batch import Batch
 from pipelines.datasets import find

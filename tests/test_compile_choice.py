@@ -13,12 +13,12 @@ from engine import session
 from engine.compile import CompileError, Compiler, choose_compile, missing_toolchain, rehearse
 from engine.describe import cost
 from engine.networks import dcgan
-from engine.parallel import Ranks
 from engine.precision import Precision, choose_precision
 from engine.recipe import load
 from engine.session import Session
 from engine.settings import Length, PlayerSettings, Recipe
 from engine.steps.adversarial import Adversarial
+from engine.world import Ranks
 from pipelines.batch import Batch
 from pipelines.settings import Data
 from tests.runs import QUICK, toy, train

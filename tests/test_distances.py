@@ -14,7 +14,7 @@ from engine.metrics.distances import (
     radii,
 )
 from engine.metrics.statistics import Accumulator, FeatureSet
-from engine.parallel import Ranks
+from engine.world import Ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 

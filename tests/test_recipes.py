@@ -7,7 +7,7 @@ otherwise on two ranks than on one cannot be added.
 import pytest
 import torch
 
-from engine import parallel, recipe, session
+from engine import recipe, session, world
 from engine.compile import Compiler
 from engine.describe import cost
 from engine.precision import Precision
@@ -51,7 +51,7 @@ def test_every_parameter_gets_a_finite_gradient(name):
     small, _ = toy(name, BATCH)
     cpu = torch.device("cpu")
     live = session.start(
-        small, parallel.Ranks(0, 0, 1, cpu), Precision("fp32", "", "cpu"), Compiler(False, ""), 100
+        small, world.Ranks(0, 0, 1, cpu), Precision("fp32", "", "cpu"), Compiler(False, ""), 100
     )
     shape = (BATCH, small.data.channels, small.data.resolution, small.data.resolution)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1

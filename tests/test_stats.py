@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from engine.monitors import EARLY_IMAGES, Monitors, pairwise_distance
-from engine.parallel import Ranks
 from engine.stats import Record, Stats, forget_after, memory_gib
+from engine.world import Ranks
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
 

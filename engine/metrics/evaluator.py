@@ -22,8 +22,8 @@ from engine.metrics.held_out import HeldOut
 from engine.metrics.images import decode, quantised
 from engine.metrics.protocol import Protocol
 from engine.metrics.statistics import Accumulator, FeatureSet
-from engine.parallel import Ranks
 from engine.settings import Metrics, Networks, Recipe
+from engine.world import Ranks
 from kernels import philox
 from pipelines.datasets import Dataset, NoSplit, find
 from pipelines.order import Order

@@ -17,8 +17,8 @@ from engine.metrics.images import decode
 from engine.metrics.pairs import PSNR_CAP, Pairs
 from engine.metrics.protocol import Protocol
 from engine.metrics.statistics import Accumulator, FeatureSet
-from engine.parallel import Ranks
 from engine.settings import Metrics
+from engine.world import Ranks
 from pipelines import layouts
 from pipelines.datasets import Dataset, find
 from pipelines.images import Fit, size_of

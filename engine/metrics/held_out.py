@@ -10,8 +10,8 @@ import torch
 from engine.metrics.images import quantised
 from engine.metrics.pairs import Pairs
 from engine.metrics.protocol import HELD_OUT_IMAGES as IMAGES
-from engine.parallel import Ranks
 from engine.settings import Algorithm, Networks, Recipe
+from engine.world import Ranks
 from kernels import philox
 from pipelines.batch import Clock
 from pipelines.datasets import NoSplit, find

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.parallel import Ranks
+from engine.world import Ranks
 
 KEPT = 10_000
 """Features kept for the metrics that need more than moments; their cost grows with the square."""
