@@ -1,0 +1,1 @@
+"""Starting runs: the launchers that set ranks, settings for DeepSpeed, preflight, predictions."""
