@@ -7,12 +7,15 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
   && echo $$p && break; done)
 RUN = $(VENV)/bin/python
 
-.PHONY: train test lint bench
+.PHONY: train test test-slurm lint bench soak
 train: $(VENV)/.installed
 	$(RUN) -m engine.train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-slurm: $(VENV)/.installed-test
+	$(RUN) -m pytest tests/test_slurm.py -m 'slow or not slow' -rs $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
@@ -20,6 +23,9 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(RUN) -m pytest bench/ --benchmark-only $(ARGS)
+
+soak: $(VENV)/.installed-test
+	$(RUN) -m bench.soak $(ARGS)
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 to 3.13 is needed; name it: make PYTHON=/path/to/python3.12"; exit 1; }

@@ -1,13 +1,21 @@
-"""SIGTERM and SIGINT ask for a stop at the end of the iteration; all ranks leave together."""
+"""SIGTERM, SIGINT and SIGUSR1 ask for a stop at the end of the iteration; all ranks leave together.
+
+SIGUSR1 is what Slurm is told to send before the time is up: who sends it wants the run to go on in
+another place or at another time, and looks for the file that `leave_marker` leaves.
+"""
 
 import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from engine import early_signal
 from engine.world import Ranks
+
+MARKER = "SADDLE_STOPPED"
 
 
 class StopRequest:
@@ -21,8 +29,10 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._flag = torch.zeros(1)
         self._pending: dist.Work | None = None
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        if early_signal.came:
+            self.signal = signal.SIGUSR1
 
     def restore(self) -> None:
         """Give the signals back to whoever handled them before."""
@@ -32,7 +42,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             os._exit(130)
-        self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)  # launchers send SIGTERM after theirs
 
     def agreed(self, ranks: Ranks) -> bool:
         """True on every rank at the same iteration once any was asked. Called each iteration."""
@@ -46,6 +56,12 @@ class StopRequest:
             self._flag = torch.full((1,), float(self.signal is not None))
             self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, async_op=True)
         return stop
+
+    def leave_marker(self) -> None:
+        """Tell a batch script that the run was stopped to go on later: make the file that
+        SADDLE_STOPPED names, for torchrun loses exit codes. Any rank that was asked does."""
+        if self.signal == signal.SIGUSR1 and os.environ.get(MARKER):
+            Path(os.environ[MARKER]).touch()
 
     def settle(self) -> None:
         """Finish the last reduction, before other collectives or the end."""
