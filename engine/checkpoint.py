@@ -2,6 +2,7 @@
 
     checkpoints/000012800/            named by the images seen
         shared.safetensors            networks, averages, optimizer states
+        shard-00000.safetensors       a rank's pieces of those that are spread over the ranks
         rank-00000.safetensors        what differs between ranks: buffers
         checkpoint.json               progress, settings, and the SHA-256 of each part
 
@@ -14,58 +15,40 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from engine.parallel import Piece, State
 from engine.player import Player
 from engine.recipe import to_values
 from engine.session import Session
+from engine.stored import INDEX, SHARED, CheckpointError, Loaded, rank_part, shard_part
+from engine.world import Ranks
 
-SHARED, INDEX, BEST = "shared.safetensors", "checkpoint.json", "best.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or does not fit the run."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A verified checkpoint in memory."""
-
-    folder: Path
-    index: dict[str, Any]
-    shared: dict[str, Tensor]
-    local: dict[str, Tensor]
-
-    @property
-    def images(self) -> int:
-        """Images seen when it was written."""
-        return self.index["images"]
-
-
-def rank_part(rank: int) -> str:
-    """File name of a rank's own part."""
-    return f"rank-{rank:05}.safetensors"
+BEST = "best.json"
 
 
 # -- what is in it ---------------------------------------------------------------------------------
 
 
-def shared_tensors(session: Session) -> dict[str, Tensor]:
-    """Everything that is the same on all ranks, by a path of names."""
-    tensors: dict[str, Tensor] = {}
+def shared_tensors(session: Session) -> State:
+    """Everything that is the same on all ranks, or spread over them, by a path of names."""
+    tensors: State = {}
     for name, player in session.players.items():
-        tensors |= _prefixed(f"{name}/network", player.network.state_dict())
+        persistent = player.network.state_dict().keys()
+        buffers = dict(player.network.named_buffers())
+        tensors |= _prefixed(f"{name}/network", player.shared.parameters())
+        tensors |= _prefixed(f"{name}/network", _only(persistent, buffers))
         if player.average:
-            tensors |= _prefixed(f"{name}/average", player.average.network.state_dict())
-        tensors |= _prefixed(f"{name}/optimizer", _optimizer_tensors(player))
+            tensors |= _prefixed(f"{name}/average", player.average.parameters())
+            tensors |= _prefixed(f"{name}/average", _only(persistent, player.average.buffers()))
+        tensors |= _prefixed(f"{name}/optimizer", player.shared.moments())
         if player.scaler and player.scaler.state_dict():
             state = player.scaler.state_dict()
             values = {k: torch.tensor(float(state[k])) for k in ("scale", "_growth_tracker")}
@@ -79,59 +62,54 @@ def local_tensors(session: Session) -> dict[str, Tensor]:
     for name, player in session.players.items():
         tensors |= _prefixed(f"{name}/network", dict(player.network.named_buffers()))
         if player.average:
-            buffers = dict(player.average.network.named_buffers())
-            tensors |= _prefixed(f"{name}/average", buffers)
+            tensors |= _prefixed(f"{name}/average", player.average.buffers())
     return tensors
 
 
-def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _prefixed(prefix: str, tensors: State) -> State:
     return {f"{prefix}/{k}": v for k, v in tensors.items()}
 
 
-def _optimizer_tensors(player: Player) -> dict[str, Tensor]:
-    names = {p: n for n, p in player.network.named_parameters()}
-    return {
-        f"{names[p]}/{k}": v
-        for p, state in player.optimizer.state.items()
-        for k, v in state.items()
-    }
+def _only(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name] for name in names if name in tensors}
 
 
+@torch.no_grad()
 def restore(session: Session, loaded: Loaded) -> None:
-    """Put a checkpoint's state into a freshly built session. Raises CheckpointError if it does
-    not fit the session's networks."""
+    """Put a checkpoint's state into a session, from however many ranks and however shared. Raises
+    CheckpointError if it does not fit the session's networks."""
+    stored = loaded.shared
+    for name, player in session.players.items():
+        player.optimizer.state.clear()
+        if any(path.startswith(f"{name}/optimizer/") for path in stored):
+            player.shared.make_moments()
     try:
-        for name, player in session.players.items():
-            _restore_player(name, player, loaded.shared)
+        for path, held in shared_tensors(session).items():
+            _fill(held, stored, path)
         for path, tensor in local_tensors(session).items():
             _fill(tensor, loaded.local, path)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{loaded.folder} does not fit this recipe: {error}") from error
+    for name, player in session.players.items():
+        player.shared.loaded()
+        _restore_scaler(name, player, stored)
     session.clock.seek(loaded.images)
     session.change_noise(loaded.index["salt"])
 
 
-def _fill(tensor: Tensor, stored: dict[str, Tensor], path: str) -> None:
-    if stored[path].shape != tensor.shape:  # copy_ would broadcast
-        raise KeyError(f"{path} is {tuple(stored[path].shape)}, here {tuple(tensor.shape)}")
-    tensor.copy_(stored[path])
+def _fill(held: Tensor | Piece, stored: Mapping[str, Tensor], path: str) -> None:
+    if "/scaler/" in path:  # plain numbers, see _restore_scaler
+        return
+    if isinstance(held, Piece):
+        shape, values = stored.shape(path), stored.part(path, held.begin, len(held.values))
+    else:
+        shape, values = tuple(stored[path].shape), stored[path]
+    if shape != tuple(held.shape):  # copy_ would broadcast
+        raise KeyError(f"{path} is {shape}, here {tuple(held.shape)}")
+    (held.values if isinstance(held, Piece) else held).copy_(values)
 
 
-@torch.no_grad()
-def _restore_player(name: str, player: Player, stored: dict[str, Tensor]) -> None:
-    for kind, network in (
-        ("network", player.network),
-        ("average", player.average.network if player.average else None),
-    ):
-        for path, tensor in network.state_dict().items() if network else ():
-            _fill(tensor, stored, f"{name}/{kind}/{path}")
-    for path, parameter in player.network.named_parameters():
-        state = player.optimizer.state[parameter]
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            saved = stored.get(f"{name}/optimizer/{path}/{key}")
-            if saved is not None:
-                like = torch.empty_like(parameter) if key != "step" else saved.to(parameter.device)
-                state[key] = like.copy_(saved)
+def _restore_scaler(name: str, player: Player, stored: Mapping[str, Tensor]) -> None:
     if player.scaler and f"{name}/scaler/scale" in stored:
         state = player.scaler.state_dict()
         state["scale"] = float(stored[f"{name}/scaler/scale"])
@@ -142,18 +120,47 @@ def _restore_player(name: str, player: Player, stored: dict[str, Tensor]) -> Non
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def save(
-    session: Session, folder: Path, facts: dict[str, Any], keep_for_good: bool = False
-) -> Path:
-    """Write a checkpoint of this moment; every rank calls it. Gives its folder.
+@dataclass(frozen=True)
+class Moment:
+    """A copy on the host of all that this rank saves, so that training can go on meanwhile."""
 
-    facts: what else the index holds (recipe name, dataset). Raises CheckpointError on all ranks if
-    any of them cannot write; what was there before stays whole.
+    parts: dict[str, dict[str, Tensor]]
+    """By file."""
+    index: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        return f"{self.index['images']:09}"
+
+
+def capture(session: Session, facts: dict[str, Any], keep_for_good: bool = False) -> Moment:
+    """This moment of the run, on this rank. facts: what else the index holds (recipe, dataset)."""
+    state = shared_tensors(session)
+    pieces = {path: held for path, held in state.items() if isinstance(held, Piece)}
+    parts = {rank_part(session.ranks.rank): local_tensors(session)}
+    if pieces:
+        parts[shard_part(session.ranks.rank)] = {p: held.values for p, held in pieces.items()}
+    if session.ranks.rank == 0:
+        parts[SHARED] = {path: held for path, held in state.items() if path not in pieces}
+    host = {name: {p: _copy(t) for p, t in part.items()} for name, part in parts.items()}
+    shapes = {path: list(piece.shape) for path, piece in pieces.items()}
+    return Moment(host, _index(session, facts, shapes, keep_for_good))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def write(moment: Moment, folder: Path, ranks: Ranks) -> Path:
+    """Write what was captured; every rank calls it. Gives the checkpoint's folder.
+
+    Raises CheckpointError on all ranks if any of them cannot write; what was there before stays
+    whole.
     """
-    ranks, images = session.ranks, session.clock.images
-    target = folder / f"{images:09}"
-    scratch = folder / f".writing-{images:09}"
-    if ranks.share(ranks.rank == 0 and _holds(target, session)):
+    target = folder / moment.name
+    scratch = folder / f".writing-{moment.name}"
+    if ranks.share(ranks.rank == 0 and _holds(target, moment)):
         return target
     problem = ""
     if ranks.rank == 0:
@@ -161,16 +168,12 @@ def save(
     problem = ranks.share(problem)
     digests: dict[str, str] = {}
     if not problem:
-        parts = {rank_part(ranks.rank): local_tensors(session)}
-        if ranks.rank == 0:
-            parts[SHARED] = shared_tensors(session)
-        mine = _try(lambda: digests.update(_write_parts(scratch, parts)))
+        mine = _try(lambda: digests.update(_write_parts(scratch, moment.parts)))
         results = ranks.gather((mine, digests))
         problem = next((p for p, _ in results if p), "")
         digests = {k: v for _, part in results for k, v in part.items()}
     if not problem and ranks.rank == 0:
-        index = _index(session, facts, digests, keep_for_good)
-        problem = _try(lambda: _finish(scratch, target, index))
+        problem = _try(lambda: _finish(scratch, target, moment.index | {"sha256": digests}))
     problem = ranks.share(problem)
     if problem:
         if ranks.rank == 0:
@@ -179,11 +182,18 @@ def save(
     return target
 
 
-def _holds(target: Path, session: Session) -> bool:
+def save(
+    session: Session, folder: Path, facts: dict[str, Any], keep_for_good: bool = False
+) -> Path:
+    """Capture and write, now."""
+    return write(capture(session, facts, keep_for_good), folder, session.ranks)
+
+
+def _holds(target: Path, moment: Moment) -> bool:
     """Whether this very moment is saved already: the run is a function of images and noise."""
     if not target.exists() or damage_of(target):
         return False
-    return json.loads((target / INDEX).read_text())["salt"] == session.salt
+    return json.loads((target / INDEX).read_text())["salt"] == moment.index["salt"]
 
 
 def _try(write: Callable[[], Any]) -> str:
@@ -205,8 +215,7 @@ def _make_empty(scratch: Path) -> None:
 def _write_parts(scratch: Path, parts: dict[str, dict[str, Tensor]]) -> dict[str, str]:
     digests = {}
     for name, tensors in parts.items():
-        host = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        data = safetensors.torch.save(host)
+        data = safetensors.torch.save(tensors)
         write_synced(scratch / name, data)
         digests[name] = hashlib.sha256(data).hexdigest()
     return digests
@@ -217,22 +226,23 @@ def _digest_of(index: dict[str, Any]) -> str:
 
 
 def _index(
-    session: Session, facts: dict[str, Any], digests: dict[str, str], keep_for_good: bool
+    session: Session, facts: dict[str, Any], shapes: dict[str, list[int]], keep_for_good: bool
 ) -> dict[str, Any]:
-    index = {
+    return {
         "format": 1,
         "images": session.clock.images,
         "world_size": session.ranks.world_size,
+        "parallel": session.recipe.parallel,
         "salt": session.salt,
         "keep_for_good": keep_for_good,
         "settings": to_values(session.recipe),
-        "sha256": digests,
+        "sharded": shapes,
         **facts,
     }
-    return index | {"index_sha256": _digest_of(index)}
 
 
 def _finish(scratch: Path, target: Path, index: dict[str, Any]) -> None:
+    index = index | {"index_sha256": _digest_of(index)}
     write_synced(scratch / INDEX, json.dumps(index, indent=1).encode())
     _sync_folder(scratch)
     old = target.with_name(f".old-{target.name}")
@@ -348,16 +358,3 @@ def damage_of(checkpoint: Path) -> str:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{INDEX}: {error}"
     return ""
-
-
-def read(checkpoint: Path, rank: int = 0) -> Loaded:
-    """A verified checkpoint's tensors, on the host. A rank that was not there when it was written
-    takes rank 0's part. Raises CheckpointError for a file that is no safetensors file."""
-    index = json.loads((checkpoint / INDEX).read_text())
-    part = rank_part(rank if rank < index["world_size"] else 0)
-    try:
-        shared = safetensors.torch.load((checkpoint / SHARED).read_bytes())
-        local = safetensors.torch.load((checkpoint / part).read_bytes())
-    except SafetensorError as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from error
-    return Loaded(checkpoint, index, shared, local)

@@ -84,13 +84,6 @@ def missing_toolchain() -> str:
     return ""
 
 
-def compile_obstacle(sync_bn: bool, world_size: int) -> str:
-    """Why a recipe cannot be compiled on so many ranks; empty if it can."""
-    if sync_bn and world_size > 1:
-        return "synchronised BatchNorm communicates inside the forward pass"
-    return ""
-
-
 def choose_compile(setting: str, device: torch.device, flops: float, obstacle: str) -> Compiler:
     """The policy for a setting (auto, off, required).
 
@@ -125,16 +118,18 @@ def rehearse(
     compiler: Compiler,
     ranks: Ranks,
     say: Callable[[str], None],
+    together: bool = False,
 ) -> None:
     """Compile by running `iteration` once, local rank 0 first, and put `state` back.
 
     The iteration must reduce nothing over ranks and step no optimizer (`Session.rehearsing`). If it
-    fails to compile on any rank, all run eager.
+    fails to compile on any rank, all run eager. together: all ranks at once, for an iteration that
+    gathers parameters from all of them.
     """
     saved = [t.clone() for t in state]
     failure = ""
     for turn in (True, False):
-        if turn == (ranks.local_rank == 0):
+        if (together and turn) or (not together and turn == (ranks.local_rank == 0)):
             failure = _attempt(iteration)
         ranks.barrier()
     for tensor, copy in zip(state, saved, strict=True):

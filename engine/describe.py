@@ -53,7 +53,7 @@ def cost(recipe: Recipe, classes: int = 0) -> Cost:
     """
     images = min(4, max(recipe.data.batch // recipe.accumulate, 1)) * recipe.accumulate
     data = replace(recipe.data, batch=images)
-    small = replace(recipe, data=data, sync_bn=False, precision="fp32")
+    small = replace(recipe, data=data, sync_bn="off", precision="fp32")
     compiler = Compiler(False, "counting")
     ranks, precision = Ranks(0, 0, 1, META), Precision("fp32", "counting", "cpu")
     session = start(small, ranks, precision, compiler, images, classes)

@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from engine.parallel import Alone, Piece, State
+
 RAMP = (
     0.05  # early on the half-life is this share of the images seen (Karras et al. 2020, ADA code)
 )
@@ -30,13 +32,57 @@ class Average:
 
         device_images: images seen before it, int64 (), so that a captured iteration needs no host.
         """
-        seen = (device_images + batch).float()
-        half_life = torch.clamp(seen * RAMP, max=self.half_life)
-        weight = -torch.expm1(-math.log(2) * batch / half_life)
+        weight = _weight(device_images, batch, self.half_life)
         for shadow, source in self._floats:
             shadow.lerp_(source, weight)
         for shadow, source in self._others:
             shadow.copy_(source)
+
+    def parameters(self) -> State:
+        """The averaged parameters by name."""
+        return {name: p.detach() for name, p in self.network.named_parameters()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The averaged buffers by name."""
+        return dict(self.network.named_buffers())
+
+
+class ShardedAverage:
+    """The same of a network whose parameters are spread over the ranks, each averaging its own
+    part; buffers are whole."""
+
+    def __init__(self, shared: Alone, half_life_kimg: float) -> None:
+        self.half_life = half_life_kimg * 1000
+        self._sources = shared.parameters()
+        self._pieces = {n: p._replace(values=p.values.clone()) for n, p in self._sources.items()}
+        self._live = dict(shared.network.named_buffers())
+        self._buffers = {name: b.clone() for name, b in self._live.items()}
+
+    @torch.no_grad()
+    def follow(self, device_images: Tensor, batch: int) -> None:
+        """As `Average.follow`."""
+        weight = _weight(device_images, batch, self.half_life)
+        for name, piece in self._pieces.items():
+            piece.values.lerp_(self._sources[name].values, weight)
+        for name, buffer in self._buffers.items():
+            if buffer.is_floating_point():
+                buffer.lerp_(self._live[name], weight)
+            else:
+                buffer.copy_(self._live[name])
+
+    def parameters(self) -> dict[str, Piece]:
+        """This rank's parts of the averaged parameters."""
+        return self._pieces
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The averaged buffers by name."""
+        return self._buffers
+
+
+def _weight(device_images: Tensor, batch: int, half_life: float) -> Tensor:
+    """The share, (), that a batch of so many images takes from the network."""
+    seen = (device_images + batch).float()
+    return -torch.expm1(-math.log(2) * batch / torch.clamp(seen * RAMP, max=half_life))
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

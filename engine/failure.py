@@ -6,7 +6,9 @@ import safetensors.torch
 
 from engine import checkpoint
 from engine.checkpoint import unused_name
+from engine.parallel import Piece
 from engine.start import Training
+from engine.stored import Loaded
 
 ROLLBACKS = 3
 
@@ -17,7 +19,9 @@ class NonFinite(RuntimeError):
     def __init__(self, counts: dict[tuple[str, str], float], images: int) -> None:
         self.counts = {k: n for k, n in counts.items() if n}
         # The update that failed first has failed most often; what it fed failed after it.
-        self.player, self.what = max(self.counts, key=lambda k: self.counts[k])
+        self.player, _ = max(self.counts, key=lambda k: self.counts[k])
+        # A loss that is not finite makes the gradient so, on all ranks.
+        self.what = "loss" if (self.player, "loss") in self.counts else "gradient"
         others = sorted({p for p, _ in self.counts} - {self.player})
         then = f" (and then that of the {', '.join(others)})" if others else ""
         super().__init__(
@@ -30,6 +34,8 @@ class NonFinite(RuntimeError):
 def write_evidence(t: Training, failure: NonFinite) -> None:
     """Write what is needed to look into it to RUN/nan-IMAGES: the players' state (updates that
     were not finite were not applied), the latest batch, and what was seen."""
+    state = checkpoint.shared_tensors(t.session)
+    whole = {path: v.whole() if isinstance(v, Piece) else v for path, v in state.items()}
     if t.session.ranks.rank:
         return
     clock = t.session.clock
@@ -39,7 +45,7 @@ def write_evidence(t: Training, failure: NonFinite) -> None:
     t.pipeline.ready(clock)
     batch = t.pipeline.batch(clock)
     clock.advance()
-    tensors = {f"state/{k}": v for k, v in checkpoint.shared_tensors(t.session).items()}
+    tensors = {f"state/{path}": v for path, v in whole.items()}
     tensors |= {"batch/images": batch.images_NCHW, "batch/positions": batch.position_N}
     host = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     safetensors.torch.save_file(host, folder / "state.safetensors")
@@ -58,12 +64,13 @@ def roll_back(t: Training, failure: NonFinite) -> None:
     session = t.session
     salt = session.salt + 1
     newest = None
+    t.saver.wait()
     if session.ranks.rank == 0:
         newest = checkpoint.newest_whole(t.checkpoints, t.display.warn, set_aside=True)
     newest = session.ranks.share(newest)
     if session.recipe.on_nan == "stop" or newest is None or salt > ROLLBACKS:
         raise failure
-    checkpoint.restore(session, checkpoint.read(newest, session.ranks.rank))
+    checkpoint.restore(session, Loaded(newest, session.ranks.rank))
     session.change_noise(salt)
     for player in session.players.values():
         player.bad_losses.zero_()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.compile import Compiler
-from engine.ema import Average
-from engine.parallel import local_gradients, wrap
+from engine.ema import Average, ShardedAverage
+from engine.optimizer import GuardedAdam
+from engine.parallel import share
 from engine.precision import Precision
 from engine.settings import Adam, PlayerSettings, Values
 from engine.world import Ranks
@@ -30,42 +31,79 @@ class Player:
         network: nn.Module,
         *,
         ranks: Ranks,
+        parallel: str = "ddp",
         clock: Clock,
         precision: Precision,
         compiler: Compiler,
         accumulate: int = 1,
         total_images: int = 0,
     ) -> None:
-        self.name, self.settings, self.network = name, settings, network
+        self.name, self.settings = name, settings
         self.clock, self.precision, self.compiler = clock, precision, compiler
         self.accumulate, self.total_images = accumulate, total_images
-        self.root = wrap(network, ranks)
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        device = clock.device
-        self.lr = torch.tensor(settings.optimizer.lr, device=device)
-        real = device.type != "meta"
-        self.optimizer = torch.optim.Adam(
+        self.shared = share(parallel, network, ranks)
+        self.network, self.parameters = network, self.shared.trained()
+        self.lr = torch.tensor(settings.optimizer.lr, device=clock.device)
+        self.average = None
+        if settings.ema_kimg and not self.shared.sharded:  # a copy, before hooks are on the network
+            self.average = Average(network, settings.ema_kimg)
+        self._attach_optimizer(settings)
+        if settings.ema_kimg and self.shared.sharded:
+            self.average = ShardedAverage(self.shared, settings.ema_kimg)
+        self.scaler = precision.scaler()
+        self.bad_losses = torch.zeros((), device=clock.device)
+        self.bad_gradients = torch.zeros((), device=clock.device)
+        self.rehearsing = False
+        self._gathered: nn.Module | None = None
+
+    def _attach_optimizer(self, settings: PlayerSettings) -> None:
+        real = self.clock.device.type != "meta"
+        self.optimizer = GuardedAdam(
             self.parameters,
             lr=self.lr if real else settings.optimizer.lr,
             betas=settings.optimizer.betas,
             eps=settings.optimizer.eps,
             fused=real,
+            clip=settings.clip,
+            spread=self.shared.spread,
         )
-        self.scaler = precision.scaler()
-        self.average = Average(network, settings.ema_kimg) if settings.ema_kimg else None
-        self.bad_losses = torch.zeros((), device=device)
-        self.bad_gradients = torch.zeros((), device=device)
-        self.rehearsing = False
+        self.shared.engage(self.optimizer, self.accumulate)
 
     @property
     def sampler(self) -> nn.Module:
-        """The network to show and measure: the average where there is one, else the network."""
+        """The network to show and measure: the average where there is one, else the network. Where
+        ranks hold parts of it, only inside `gathered`."""
+        if self.shared.sharded:
+            assert self._gathered is not None, "the network to show is not gathered"
+            return self._gathered
         return self.average.network if self.average else self.network
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Have the whole network to show on every rank; all ranks enter."""
+        if not self.shared.sharded:
+            yield
+            return
+        shell = self.shared.shell.to_empty(device=self.clock.device)
+        shown = self.average or self.shared
+        buffers = self.average.buffers() if self.average else dict(self.network.named_buffers())
+        pieces = shown.parameters()
+        with torch.no_grad():
+            for name, parameter in shell.named_parameters():
+                parameter.copy_(pieces[name].whole())
+            for name, buffer in shell.named_buffers():
+                buffer.copy_(buffers[name])
+        self._gathered = shell.train(self.network.training and not self.average)
+        try:
+            yield
+        finally:
+            self._gathered = None
+            shell.to("meta")
 
     def infer(self, fn: Callable, *args: Any) -> Any:
         """fn(network, *args) without gradients, compiled like a loss function."""
-        with torch.no_grad(), self.precision.autocast():
-            return self.compiler(fn)(self.network, *args)
+        with torch.no_grad(), self.shared.whole() as network, self.precision.autocast():
+            return self.compiler(fn)(network, *args)
 
     def update(self, loss_fn: Callable, *args: Any) -> Values:
         """Minimise loss_fn(network, *args) -> (loss, values) by one optimizer step.
@@ -74,20 +112,41 @@ class Player:
         loss being a mean over the batch. Returns the values, averaged over micro-batches, with
         the loss and the gradient's norm.
         """
+        self.clock.enter(self.name)
         sums: list[Tensor] = []
         chunks = self._micro_batches(args)
         for i, part in enumerate(chunks):
-            reduce = i == len(chunks) - 1 and not self.rehearsing
-            with local_gradients(self.root, reduce):
-                with self.precision.autocast():
-                    loss, values = self.root(self.compiler(loss_fn), *part)
-                loss = loss / len(chunks)
-                (self.scaler.scale(loss) if self.scaler else loss).backward()
-            current = [loss.detach(), *(v.detach() / len(chunks) for v in values.values())]
+            values = self._micro_update(loss_fn, part, len(chunks), last=i == len(chunks) - 1)
+            current = [v.detach() / len(chunks) for v in values.values()]
             sums = current if not sums else [a + b for a, b in zip(sums, current, strict=True)]
-        norm = self._optimize(sums[0])
-        names = ("loss", *values, "grad_norm")
+        norm = torch.zeros_like(self.lr) if self.rehearsing else self._optimize(sums[0])
+        names = (*values, "grad_norm")
         return {f"{self.name}/{n}": v for n, v in zip(names, (*sums, norm), strict=True)}
+
+    def _micro_update(self, loss_fn: Callable, part: tuple, parts: int, last: bool) -> Values:
+        """Forward and backward of one micro-batch of so many; the loss and the values."""
+        if self.rehearsing:
+            return self._rehearse(loss_fn, part)
+        with self.shared.micro_batch(last):
+            with self.precision.autocast():
+                loss, values = self.shared.root(self.compiler(loss_fn), *part)
+            # A loss that is not finite spoils this rank's gradient (0 * inf is NaN) and so the mean
+            # over ranks: all of them skip the step, without a word between them.
+            share = 1.0 / parts + 0.0 * loss.detach()
+            self.shared.backward(self._scaled(loss * share))
+        return {"loss": loss} | values
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return self.scaler.scale(loss) if self.scaler else loss
+
+    def _rehearse(self, loss_fn: Callable, part: tuple) -> Values:
+        """Forward and backward on which nothing depends and which tell no other rank."""
+        with self.shared.rehearsal() as root:
+            with self.precision.autocast():
+                loss, values = root(self.compiler(loss_fn), *part)
+            trained = [p for p in root.parameters() if p.requires_grad]
+            torch.autograd.grad(self._scaled(loss), trained, allow_unused=True)
+        return {"loss": loss} | values
 
     def _micro_batches(self, args: tuple) -> list[tuple]:
         if self.accumulate == 1:
@@ -101,28 +160,12 @@ class Player:
     @torch.no_grad()
     def _optimize(self, loss: Tensor) -> Tensor:
         """Step the optimizer unless loss or gradient is not finite; the gradient's norm, ()."""
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters]
-        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-        if self.rehearsing:
-            return norm
-        if self.settings.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
         self._set_learning_rate()
-        bad_loss = (~loss.isfinite()).float()
-        self.bad_losses += bad_loss
-        if self.scaler:  # an overflowing gradient is the scaler's daily work, not a failure
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            bad_gradient = (~norm.isfinite()).float()
-            self.bad_gradients += bad_gradient
-            # The fused optimizer's own protocol for "skip this step", read on the device.
-            self.optimizer.grad_scale = None
-            self.optimizer.found_inf = torch.maximum(bad_loss, bad_gradient)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.shared.step(self.scaler)
+        norm = self.optimizer.norm
+        self.bad_losses += (~loss.isfinite()).float()
+        if not self.scaler:  # an overflowing gradient is the scaler's daily work, not a failure
+            self.bad_gradients += (~norm.isfinite()).float()
         if self.average:
             self.average.follow(self.clock.device_images, self.clock.batch)
         return norm
@@ -152,10 +195,12 @@ def learning_rate_factor(adam: Adam, device_images: Tensor, total_images: int) -
 @contextmanager
 def frozen(player: Player) -> Iterator[nn.Module]:
     """The player's network as a fixed judge: no gradient for its parameters."""
-    for p in player.parameters:
-        p.requires_grad_(False)
-    try:
-        yield player.network
-    finally:
-        for p in player.parameters:
-            p.requires_grad_(True)
+    with player.shared.whole() as network:
+        trained = [p for p in network.parameters() if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(False)
+        try:
+            yield network
+        finally:
+            for p in trained:
+                p.requires_grad_(True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from launch.environment import accelerate_precision
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,13 +40,19 @@ def has_bf16(device: torch.device) -> tuple[bool, str]:
 
 
 def choose_precision(setting: str, device: torch.device) -> Precision:
-    """The policy for a setting (auto, fp32, bf16, fp16). Raises ValueError for fp16 on a CPU."""
+    """The policy for a setting (auto, fp32, bf16, fp16); auto takes what accelerate was told, if it
+    was. Raises ValueError for fp16 on a CPU, and for what only accelerate knows."""
+    reason = "as asked"
+    if setting == "auto" and (wanted := accelerate_precision()):
+        setting, reason = wanted, "accelerate's mixed_precision"
     if setting == "fp16" and device.type != "cuda":
         raise ValueError(
             "precision=fp16 is for GPUs only (a CPU is some hundred times slower in it); "
             "use --precision bf16 or --precision fp32"
         )
+    if setting not in ("auto", *DTYPES):
+        raise ValueError(f"{reason} {setting} is not known here; use --precision bf16")
     if setting != "auto":
-        return Precision(setting, "as asked", device.type)
+        return Precision(setting, reason, device.type)
     supported, hardware = has_bf16(device)
     return Precision("bf16" if supported else "fp32", hardware, device.type)

@@ -1,9 +1,10 @@
 """What happens between steps: logging ticks, pictures, checkpoints, and the end of a run."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from engine import checkpoint
+from engine import checkpoint, watchdog
 from engine.failure import NonFinite
 from engine.start import Training
 from engine.stats import memory_gib
@@ -39,6 +40,7 @@ def tick(t: Training, pace: Pace, sample: bool, measure: bool = False) -> Pace:
     Raises NonFinite on all ranks if any update since the last tick was not finite.
     """
     clock = t.session.clock
+    clock.enter(watchdog.STATISTICS)
     values = t.stats.read(_counters(t))
     seconds = time.monotonic() - pace.began
     _check_finite(t, values)
@@ -46,13 +48,15 @@ def tick(t: Training, pace: Pace, sample: bool, measure: bool = False) -> Pace:
     values["time/data_share"] = pace.waited / seconds
     values["memory/gib"] = memory_gib(clock.device)
     values["data/skipped"] = t.pipeline.skipped
-    if measure:
-        values |= t.metrics.measure(t.session)
-    if t.record and t.snapshots:
-        try:
-            _write_out(t, values, sample)
-        except OSError as error:  # pictures and curves are not worth the run
-            t.display.warn(f"cannot write to {t.folder} ({error}); training goes on")
+    clock.enter(watchdog.OUTPUTS)
+    with t.session.gathered() if sample or measure else nullcontext():
+        if measure:
+            values |= t.metrics.measure(t.session)
+        if t.record and t.snapshots:
+            try:
+                _write_out(t, values, sample)
+            except OSError as error:  # pictures and curves are not worth the run
+                t.display.warn(f"cannot write to {t.folder} ({error}); training goes on")
     return Pace(clock.images)
 
 
@@ -91,18 +95,23 @@ def _check_finite(t: Training, values: dict[str, float]) -> None:
 
 
 def save(t: Training) -> None:
-    """Write a checkpoint and delete the ones that are no longer kept."""
+    """Begin a checkpoint; once it is written, the ones that are no longer kept are deleted."""
     outputs, clock = t.session.recipe.outputs, t.session.clock
-    t.stop.settle()
-    checkpoint.save(t.session, t.checkpoints, t.facts, due(clock, outputs.keep_every))
-    if t.session.ranks.rank == 0:
-        if t.metrics:
-            t.metrics.keep(t.checkpoints)
+    clock.enter(watchdog.SAVING)
+    best = t.metrics.pending if t.metrics else None
+
+    def tidy() -> None:
+        if best:
+            checkpoint.write_best(t.checkpoints, best)
         checkpoint.prune(t.checkpoints, outputs.keep)
+
+    moment = checkpoint.capture(t.session, t.facts, due(clock, outputs.keep_every))
+    t.saver.save(moment, t.checkpoints, tidy)
 
 
 def finish(t: Training) -> None:
     """Say that the run is complete and where its results are."""
+    t.saver.wait()
     if t.record and t.snapshots:
         t.record.event(t.session.clock.images, "finish", "")
         t.snapshots.write_report()
@@ -126,6 +135,8 @@ def already_finished(t: Training) -> None:
 
 def stopped(t: Training) -> None:
     """Say that the run was stopped and how to go on."""
+    t.saver.wait()
+    t.stop.leave_marker()
     if t.snapshots:
         t.snapshots.write_report()
     images = t.session.clock.images

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent / "recipes"
 MAY_CHANGE = (
     *(f"{part}." for part in ("length", "outputs", "metrics")),
     *(f"data.{name}" for name in ("root", "path", "cache", "workers", "download", "on_error")),
-    *("device", "on_nan"),
+    *("device", "on_nan", "parallel", "batch_per_rank", "hang_after"),
 )
 
 
@@ -102,6 +102,8 @@ def _chosen_length(given: Length, arguments: list[str]) -> Length:
 def check(recipe: Recipe, world_size: int) -> None:
     """Raise ValueError, naming setting and remedy, for values that cannot be trained with."""
     _check_finite(recipe)
+    if recipe.batch_per_rank is not None:
+        _check_batch_per_rank(recipe, world_size)
     parts = world_size * recipe.accumulate
     if recipe.accumulate < 1 or recipe.data.batch < 1:
         raise ValueError("data.batch and accumulate must be at least 1")
@@ -115,13 +117,24 @@ def check(recipe: Recipe, world_size: int) -> None:
     given = [v for v in values if v is not None]
     if len(given) != 1 or not 0 < given[0] < math.inf:
         raise ValueError("the length must be one positive number of --kimg, --epochs or --steps")
-    if recipe.seed < 0 or recipe.data.workers < 0:
-        raise ValueError("--seed and --data.workers must not be negative")
+    if recipe.seed < 0 or recipe.data.workers < 0 or recipe.hang_after < 0:
+        raise ValueError("--seed, --data.workers and --hang-after must not be negative")
     _check_outputs(recipe)
     _check_metrics(recipe.metrics)
     recipe.step.check()
     for name, player in recipe.step.players().items():
         _check_player(name, player)
+
+
+def _check_batch_per_rank(recipe: Recipe, world_size: int) -> None:
+    images, batch = recipe.batch_per_rank, recipe.data.batch
+    if recipe.accumulate != 1:
+        raise ValueError("give --batch-per-rank or --accumulate, not both")
+    if images != "auto" and (images < 1 or batch % (images * world_size)):
+        raise ValueError(
+            f"--batch-per-rank {images}: {world_size} ranks do not make up data.batch={batch} in "
+            "whole micro-batches; give one that does, or auto"
+        )
 
 
 def _check_finite(recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """The run directory: its name, what it says of itself, and whether a command may go on with it."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -129,14 +130,24 @@ def device_name(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run directory against a second process. Raises RunError if another holds it."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the run directory against a second process; whether it could be locked. Raises RunError
+    if another process holds it.
+
+    A kill frees the lock at once. It holds against other hosts too where the file system carries
+    flock over the network (NFS of Linux, BeeGFS, GPFS, Lustre mounted with `flock`), and against
+    this host alone where its mount says `nolock`, `local_lock` or `localflock`. Some have no locks
+    at all (Lustre mounted with neither): that is no reason not to train.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                yield False
+                return
             raise RunError(
                 f"{folder} is being trained by another process; use --run-name NAME"
             ) from None
-        yield
+        yield True

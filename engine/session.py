@@ -1,7 +1,7 @@
 """The live objects of a run, built from its recipe: networks, players, step, clock, noise key."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from engine.player import Player
 from engine.precision import Precision
 from engine.recipe import image_spec
 from engine.settings import Networks, PlayerSettings, Recipe, Values
+from engine.sharing import choose_sync_bn
 from engine.world import Ranks
 from kernels import dispatch, philox
 from kernels.batchnorm_module import fuse, synchronise
@@ -61,7 +62,14 @@ class Session:
         finally:
             for player in self.players.values():
                 player.rehearsing = False
-                player.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Have the networks to show whole on every rank; all ranks enter."""
+        with ExitStack() as stack:
+            for player in self.players.values():
+                stack.enter_context(player.gathered())
+            yield
 
 
 def build_networks(recipe: Recipe, classes: int = 0) -> Networks:
@@ -91,13 +99,14 @@ def start(
     for name, network in build_networks(recipe, classes).items():
         if dispatch.choose("batchnorm_leaky_relu", ranks.device).fused:
             network = fuse(network)
-        if recipe.sync_bn and ranks.world_size > 1:
+        if choose_sync_bn(recipe, ranks.world_size)[0]:
             network = synchronise(network)
         players[name] = Player(
             name,
             settings[name],
-            network.to(ranks.device, memory_format=torch.channels_last).train(),
+            network.to(ranks.device).train(),
             ranks=ranks,
+            parallel=recipe.parallel,
             clock=clock,
             precision=precision,
             compiler=compiler,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Networks = dict[str, nn.Module]  # a player's network by the player's name
 Values = dict[str, Tensor]  # named 0-d device tensors
 
+Parallel = Literal["ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"]
+
 Inline = tyro.conf.arg(name="")  # the part's fields become flags without the part's own prefix
 
 
@@ -135,6 +137,10 @@ class Algorithm:
         only); the first two of them show all that is computed."""
         return 1
 
+    def second_order(self) -> bool:
+        """Whether a loss holds a gradient of a network (a penalty)."""
+        return False
+
     def check(self) -> None:
         """Raise ValueError, naming flag and remedy, for values that cannot be trained with."""
 
@@ -185,10 +191,21 @@ class Recipe:
     kernels: dispatch.Setting = "auto"
     """Triton's fused operations: auto where a bench has shown a gain, fused wherever they serve,
     reference never (plain PyTorch)."""
+    parallel: Parallel = "ddp"
+    """How several ranks share a player: ddp (everything everywhere), fsdp2 or DeepSpeed's ZeRO
+    (stage 1: optimizer state, 2: gradients too, 3: parameters too are spread over the ranks). May
+    change on resume."""
     accumulate: int = 1
     """Micro-batches per update; gradients are reduced over ranks once per update."""
-    sync_bn: bool = False
-    """BatchNorm statistics over the batch of all ranks in place of each rank's own."""
+    batch_per_rank: int | Literal["auto"] | None = None
+    """Images of a rank's micro-batch, in place of --accumulate; auto takes as many as the free
+    memory has room for, where no BatchNorm sees them. May change on resume."""
+    sync_bn: Literal["auto", "on", "off"] = "auto"
+    """BatchNorm statistics over the batch of all ranks in place of each rank's own; auto does so
+    where a rank has fewer than 16 images."""
     on_nan: Literal["stop", "rollback"] = "stop"
     """At a non-finite loss or gradient: stop, or go on from the last good checkpoint with new
     noise (at most 3 times)."""
+    hang_after: float = 600.0
+    """Seconds without progress after which several ranks name the one that hangs and leave, to be
+    started again by their launcher; 0 never. Compiling, measuring and saving have 25 minutes."""

@@ -12,21 +12,25 @@ from typing import Any, NoReturn
 
 import torch
 
-from engine import checkpoint, run, session, world
-from engine.compile import Compiler, choose_compile, compile_obstacle, graphs, rehearse
+from engine import checkpoint, micro_batch, run, session, sharing, world
+from engine.compile import Compiler, choose_compile, graphs, rehearse
 from engine.describe import Cost
 from engine.display import Display
 from engine.metrics.schedule import Schedule
 from engine.monitors import Monitors
 from engine.precision import Precision, choose_precision
 from engine.recipe import Command, flatten, total_images
+from engine.saver import Saver
 from engine.session import Session
 from engine.settings import Recipe
 from engine.signals import StopRequest
 from engine.snapshot import Snapshots
 from engine.stats import Record, Stats
+from engine.stored import Loaded
 from engine.track import Trackers
+from engine.watchdog import Watchdog
 from engine.world import Ranks
+from launch import environment as launcher
 from pipelines.datasets import BadImage, Dataset, DatasetMissing, find
 from pipelines.open import Pipeline, open_pipeline
 from pipelines.settings import Data
@@ -51,6 +55,7 @@ class Training:
     record: Record | None = None
     snapshots: Snapshots | None = None
     metrics: Schedule | None = None
+    saver: Saver | None = None
     to_go_on: str = "the same command goes on"
     monitors: Monitors = field(default_factory=Monitors)
 
@@ -120,8 +125,9 @@ def _prepare(
     total = total_images(recipe, dataset.images)
     display = exits.enter_context(Display(total, f"{name} {folder.name}", quiet=ranks.rank > 0))
     flops = cost.flops_per_image * total / ranks.world_size
-    precision, compiler = _resolve(recipe, ranks, flops, before)
-    live = session.start(recipe, ranks, precision, compiler, total, len(dataset.classes))
+    shared, micro = _as_shared(recipe, len(dataset.classes), ranks, before)
+    precision, compiler = _resolve(shared, ranks, flops, before)
+    live = session.start(shared, ranks, precision, compiler, total, len(dataset.classes))
     facts = {
         "recipe": name,
         "dataset": dataset.identity(),
@@ -134,35 +140,57 @@ def _prepare(
         dataset, recipe.data, live.clock, recipe.seed, live.key, display.line, fed
     )
     exits.callback(pipeline.close)
-    resolved = {
-        "device": run.device_name(ranks.device),
-        "device_type": ranks.device.type,
-        "precision": [precision.name, precision.reason],
-        "compile": [compiler.active, compiler.reason],
-        "pipeline": [pipeline.name, pipeline.choice],
+    resolved = _resolved(live, pipeline, precision, compiler) | {
+        "accumulate": [shared.accumulate, micro]
     }
     for line in _introduction(resolved, ranks, dataset):
         display.line(line)
+    for line in launcher.doubts():
+        display.warn(line)
     t = Training(name, folder, live, pipeline, total, facts, display, stop, Stats(ranks), exits)
+    t.saver = Saver(ranks)
+    exits.callback(t.saver.close)
     if command.fresh:
         t.to_go_on = f"the same command with --run-name {folder.name} in place of --fresh goes on"
     if recipe.metrics.every_kimg and live.clock.images < total:
         t.metrics = Schedule(live, folder, display.line)  # may refuse: before anything is written
         exits.callback(t.metrics.close)
-    _agree(ranks, lambda: _open_outputs(t, dataset, None if before else resolved, resumed))
+    _agree(ranks, lambda: _open_outputs(t, recipe, dataset, None if before else resolved, resumed))
+    if ranks.world_size > 1 and recipe.hang_after and live.clock.images < total:
+        watchdog = Watchdog(folder, ranks, live.clock, recipe.hang_after)
+        exits.callback(watchdog.start().close)
     if compiler.active and live.clock.images < total:
         _compile(live, pipeline, display)
     return t
 
 
+def _resolved(
+    live: Session, pipeline: Pipeline, precision: Precision, compiler: Compiler
+) -> dict[str, Any]:
+    """How settings were resolved here, each with its reason."""
+    ranks, shared = live.ranks, live.recipe
+    return {
+        "device": run.device_name(ranks.device),
+        "device_type": ranks.device.type,
+        "precision": [precision.name, precision.reason],
+        "compile": [compiler.active, compiler.reason],
+        "pipeline": [pipeline.name, pipeline.choice],
+        "ranks": [ranks.world_size, sharing.describe(shared, ranks.world_size)],
+        "sync_bn": sharing.choose_sync_bn(shared, ranks.world_size),
+    }
+
+
 def _open_outputs(
-    t: Training, dataset: Dataset, resolved: dict[str, Any] | None, resumed: bool
+    t: Training,
+    recipe: Recipe,
+    dataset: Dataset,
+    resolved: dict[str, Any] | None,
+    resumed: bool,
 ) -> None:
     """Open what rank 0 writes; recipe.json too where the run is new."""
     images = t.session.clock.images
     if resolved:
-        run.write_recipe(t.folder, t.name, t.session.recipe, resolved)
-    recipe = t.session.recipe
+        run.write_recipe(t.folder, t.name, recipe, resolved)
     trackers = Trackers(recipe.outputs.track, t.folder, t.name, flatten(recipe), t.display.warn)
     t.record = Record(t.folder, images, recipe.data.batch, trackers)
     t.exits.callback(t.record.close)
@@ -193,7 +221,8 @@ def _open_folder(exits: ExitStack, folder: Path, recipe: Recipe) -> dict[str, An
     stored = run.check_same(folder, recipe)
     made = [place for place in (folder, *folder.parents[:2]) if not place.exists()]
     exits.callback(_remove_unused, folder, made)
-    exits.enter_context(run.locked(folder))
+    if not exits.enter_context(run.locked(folder)):
+        print(f"warning: {folder} cannot be locked there; start no second run in it", flush=True)
     return stored
 
 
@@ -211,7 +240,7 @@ def _resolve(
 ) -> tuple[Precision, Compiler]:
     """Precision and compilation, as they were resolved when the run began on such a device."""
     precision = choose_precision(recipe.precision, ranks.device)
-    obstacle = compile_obstacle(recipe.sync_bn, ranks.world_size)
+    obstacle = sharing.compile_obstacle(recipe, ranks.world_size)
     compiler = choose_compile(recipe.compile, ranks.device, flops, obstacle)
     if before and before["resolved"]["device_type"] == ranks.device.type:
         name, _ = before["resolved"]["precision"]
@@ -222,6 +251,18 @@ def _resolve(
     return precision, compiler
 
 
+def _as_shared(
+    recipe: Recipe, classes: int, ranks: Ranks, before: dict[str, Any] | None
+) -> tuple[Recipe, str]:
+    """The recipe with micro-batches and synchronisation settled, as when the run began on so many
+    ranks; and why so many micro-batches."""
+    if before and before["resolved"]["ranks"][0] == ranks.world_size:
+        accumulate, synchronised = (before["resolved"][x][0] for x in ("accumulate", "sync_bn"))
+        kept = replace(recipe, accumulate=accumulate, sync_bn="on" if synchronised else "off")
+        return kept, "as when the run began"
+    return micro_batch.resolve(recipe, classes, ranks)
+
+
 def _resume(live: Session, folder: Path, facts: dict[str, Any], display: Display) -> bool:
     """Load the newest whole checkpoint, if there is one."""
     newest = None
@@ -230,7 +271,7 @@ def _resume(live: Session, folder: Path, facts: dict[str, Any], display: Display
     newest = live.ranks.share(newest)
     if newest is None:
         return False
-    loaded = checkpoint.read(newest, live.ranks.rank)
+    loaded = Loaded(newest, live.ranks.rank)
     if loaded.index["dataset"] != facts["dataset"]:
         raise ValueError(
             f"the dataset is not the one that {folder} was trained on ({facts['dataset_images']} "
@@ -238,7 +279,10 @@ def _resume(live: Session, folder: Path, facts: dict[str, Any], display: Display
             f"or start another run with --fresh"
         )
     checkpoint.restore(live, loaded)
-    display.line(f"resuming {folder} from {loaded.images:,} images")
+    text = f"resuming {folder} from {loaded.images:,} images"
+    if (then := loaded.index["world_size"]) != live.ranks.world_size:
+        text += f", trained on {then} rank(s) until there, now on {live.ranks.world_size}"
+    display.line(text)
     return True
 
 
@@ -246,8 +290,12 @@ def _introduction(resolved: dict[str, Any], ranks: Ranks, dataset: Dataset) -> l
     images = f"{len(dataset):,} images"
     lines = [f"data: {dataset.name}, {images}" + (f" ({dataset.note})" if dataset.note else "")]
     lines.append(f"pipeline: {resolved['pipeline'][1]}")
-    share = f" on {ranks.world_size} ranks" if ranks.world_size > 1 else ""
-    lines.append(f"device: {resolved['device']}{share}")
+    lines.append(f"device: {resolved['device']}")
+    if ranks.world_size > 1:
+        lines.append("ranks: {}: {}".format(*resolved["ranks"]))
+    parts, why = resolved["accumulate"]
+    if parts > 1:
+        lines.append(f"micro-batches: {parts} ({why})")
     lines.append("precision: {} ({})".format(*resolved["precision"]))
     active, reason = resolved["compile"]
     lines.append(f"compile: {'on' if active else 'off'} ({reason})")
@@ -265,6 +313,7 @@ def _compile(live: Session, pipeline: Pipeline, display: Display) -> None:
             next(iter(live.players.values())).compiler,
             live.ranks,
             display.line,
+            together=any(player.shared.sharded for player in live.players.values()),
         )
     new, cached = (sum(n) for n in zip(*live.ranks.gather(graphs()), strict=True))
     seconds = time.monotonic() - began

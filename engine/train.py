@@ -4,15 +4,20 @@ The same command goes on with a run that was stopped or killed. `--list` shows t
 `RECIPE --help` every setting, `RECIPE --dry-run` what would be trained and how.
 """
 
+from engine import early_signal
+
+if __name__ == "__main__":
+    early_signal.listen()  # importing the rest takes seconds
+
 import sys
 import time
 
 import torch
 from rich.console import Console
 
-from engine import BEGAN, checkpoint, describe, progress
+from engine import BEGAN, checkpoint, describe, progress, sharing, watchdog
 from engine import recipe as recipes
-from engine.compile import CompileError, choose_compile, compile_obstacle
+from engine.compile import CompileError, choose_compile
 from engine.failure import NonFinite, roll_back, write_evidence
 from engine.precision import choose_precision
 from engine.run import RunError, device_name
@@ -45,10 +50,12 @@ def loop(t: Training) -> bool:
     clock, outputs = t.session.clock, t.session.recipe.outputs
     pace, first = progress.Pace(clock.images), True
     while clock.images < t.total:
+        clock.enter(watchdog.DATA)
         waiting = time.monotonic()
         t.pipeline.ready(clock)
         batch = t.pipeline.batch(clock)
         pace.waited += time.monotonic() - waiting
+        clock.enter(watchdog.STEP)
         t.stats.add(t.session.step(batch))
         clock.advance()
         if first:
@@ -85,7 +92,8 @@ def run_command(command: recipes.Command, name: str) -> int:
     try:
         recipes.check(command.recipe, environment()[2])
         device = choose_device(command.recipe.device)
-        choose_precision(command.recipe.precision, device)
+        precision = choose_precision(command.recipe.precision, device)
+        sharing.check(command.recipe, precision, environment()[2])
         dataset = find_dataset(command.recipe.data)
         cost = describe.cost(command.recipe, len(dataset.classes))
         if command.dry_run:
@@ -121,7 +129,7 @@ def dry_run(
     ranks = environment()[2]
     total = recipes.total_images(recipe, dataset.images)
     precision = choose_precision(recipe.precision, device)
-    obstacle = compile_obstacle(recipe.sync_bn, ranks)
+    obstacle = sharing.compile_obstacle(recipe, ranks)
     compiler = choose_compile(
         recipe.compile, device, cost.flops_per_image * total / ranks, obstacle
     )
@@ -132,6 +140,7 @@ def dry_run(
         "length": f"{total:,} images, {total // recipe.data.batch:,} steps",
         "FLOPs per image": f"{cost.flops_per_image / 1e6:,.1f} million (all updates, both passes)",
         "device": f"{device_name(device)}, {ranks} rank(s)",
+        "ranks": sharing.describe(recipe, ranks),
         "precision": f"{precision.name} ({precision.reason})",
         "compile": f"{units} ({compiler.reason})",
         "kernels": "\n".join(": ".join(row) for row in dispatch.explain(device)),

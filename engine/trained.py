@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint
-from engine.checkpoint import CheckpointError, Loaded
 from engine.origin import Origin
 from engine.run import RunError, read_recipe
 from engine.session import build_networks
 from engine.settings import Networks, Recipe
+from engine.stored import CheckpointError, Loaded
 from engine.world import choose_device
 from kernels import philox
 
@@ -155,7 +155,8 @@ def open_run(
 
 
 def _part(loaded: Loaded, prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in loaded.shared.items() if k.startswith(prefix)}
+    paths = [path for path in loaded.shared if path.startswith(prefix)]
+    return {path.removeprefix(prefix): loaded.shared[path] for path in paths}
 
 
 def _read_checkpoint(
@@ -178,7 +179,7 @@ def _read_checkpoint(
             raise CheckpointError(f"checkpoint {chosen} is damaged ({damage}); take another")
     if chosen is None:
         raise CheckpointError(f"no checkpoint in {root} is whole; run the training command again")
-    return checkpoint.read(chosen)
+    return Loaded(chosen)
 
 
 def _without_checkpoints(folder: Path, first: float) -> str:

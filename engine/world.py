@@ -7,12 +7,14 @@ import atexit
 import datetime
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from launch import environment as launcher
 
 TIMEOUT = datetime.timedelta(minutes=30)  # must outlast the slowest rank's first compilation
 
@@ -25,13 +27,21 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Through which they talk; the default one if none is given."""
+
+    def aside(self) -> "Ranks":
+        """The same ranks, talking of host objects through a process group of their own."""
+        if self.world_size == 1:
+            return self
+        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks (host objects; synchronises)."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def share(self, value: Any) -> Any:
@@ -39,7 +49,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=self.device, group=self.group)
         return box[0]
 
     def barrier(self) -> None:
@@ -55,24 +65,26 @@ class Ranks:
 
 
 def environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) as torchrun and its like set them."""
-    read = [
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    ]
-    return read[0], read[1], read[2]
+    """(rank, local rank, world size) as the launcher set them."""
+    return launcher.place()
 
 
 def choose_device(setting: str) -> torch.device:
     """The device of a setting (auto, cpu, cuda); raises ValueError for a GPU that is not there."""
     if setting == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but PyTorch finds no GPU here; use --device cpu or auto")
-    if setting == "cpu" or not torch.cuda.is_available():
+    cpu = setting == "cpu" or (setting == "auto" and launcher.accelerate_wants_cpu())
+    if cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", environment()[1] % torch.cuda.device_count())
 
 
 def start(device: torch.device) -> Ranks:
-    """Join the process group (gloo for control and CPUs, NCCL for GPUs) and give this place."""
+    """Join the process group (gloo for control and CPUs, NCCL for GPUs) and give this place.
+
+    Raises ValueError where it cannot be known where the others are.
+    """
+    launcher.set_meeting_place()
     rank, local_rank, world_size = environment()
     if device.type == "cuda":
         torch.cuda.set_device(device)

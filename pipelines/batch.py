@@ -33,6 +33,9 @@ class Clock:
 
     A step and a pipeline read `device_images` (int64, 0-d), so that a captured graph advances by
     itself; the loop reads `images`, which needs no synchronisation.
+
+    doing: what this rank is at in the iteration, a player's name during its update; moves: how
+    often that changed since the iteration began. The watchdog reads them from its thread.
     """
 
     batch: int
@@ -40,6 +43,8 @@ class Clock:
     images: int = 0
     rank: int = 0
     world_size: int = 1
+    doing: str = "start"
+    moves: int = 0
     device_images: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,9 +61,15 @@ class Clock:
         """Iterations that the run has done."""
         return self.images // self.batch
 
+    def enter(self, doing: str) -> None:
+        """Note what comes next, at the same places on all ranks."""
+        self.doing = doing
+        self.moves += 1
+
     def advance(self) -> None:
         """Go on to the next global batch."""
         self.images += self.batch
+        self.moves = 0
         self.device_images += self.batch
 
     def seek(self, images: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipelines.images import BadImage
 from pipelines.sources import Dataset
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 class Decoded(NamedTuple):

@@ -1,10 +1,12 @@
 """Runs through the real command line, and what tests read of a run directory."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from engine import checkpoint
 from engine.networks.spec import Network
 from engine.recipe import flatten, load
 from engine.settings import Adam, Recipe
+from engine.stored import Loaded
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--log-every", "0.02", "--sample-every", "1000", "--checkpoint-every", "1000")
@@ -72,6 +75,14 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         time.sleep(0.005)
 
 
+def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not after {seconds} s"
+        time.sleep(0.05)
+
+
 def kill_at(folder: Path, images: int, *arguments: str, ranks: int = 1) -> None:
     """Start a run that would go on, kill -9 all of it once it has a checkpoint at `images`, and
     drop the later checkpoints that it may have written until the kill struck."""
@@ -93,15 +104,20 @@ def run_folder(runs: Path, recipe: str) -> Path:
     return folder
 
 
+def world_size(folder: Path) -> int:
+    """How many ranks began a run."""
+    return json.loads((folder / "recipe.json").read_text())["provenance"]["world_size"]
+
+
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint, all ranks' parts."""
     newest = checkpoint.listing(folder / "checkpoints")[0]
     assert not checkpoint.damage_of(newest)
     tensors = {}
-    for rank in range(checkpoint.read(newest).index["world_size"]):
-        loaded = checkpoint.read(newest, rank)
+    for rank in range(Loaded(newest).index["world_size"]):
+        loaded = Loaded(newest, rank)
         tensors |= {f"rank {rank}/{k}": v for k, v in loaded.local.items()}
-    return tensors | loaded.shared
+    return tensors | dict(loaded.shared)
 
 
 def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import checkpoint
-from engine.checkpoint import CheckpointError, newest_whole, read, restore, save
+from engine.checkpoint import CheckpointError, newest_whole, restore, save
 from engine.networks import vae
 from engine.networks.spec import Network
 from engine.session import Session
 from engine.settings import PlayerSettings, Recipe
 from engine.steps.autoencoder import Variational
+from engine.stored import Loaded
 from pipelines.settings import Data
 from tests.checkpoints import BATCH, FACTS, advance, names, recipe_of, started
 
@@ -49,7 +50,7 @@ def test_a_restored_session_is_the_saved_one_bit_for_bit(folder):
     assert path == folder / "000000024" and newest_whole(folder, pytest.fail) == path
     fresh = started(recipe_of(seed=9))
     fresh.recipe = live.recipe
-    restore(fresh, read(path))
+    restore(fresh, Loaded(path))
     assert_same_state(fresh, live)
 
 
@@ -57,7 +58,7 @@ def test_resumed_equals_unbroken_bit_for_bit(folder):
     unbroken = advance(started(), 5)
     broken = advance(started(), 2)
     resumed = started()
-    restore(resumed, read(save(broken, folder, FACTS)))
+    restore(resumed, Loaded(save(broken, folder, FACTS)))
     assert_same_state(advance(resumed, 3), unbroken)
 
 
@@ -67,7 +68,7 @@ def test_a_session_that_went_astray_comes_back_bit_for_bit(folder):
     wanted = {k: v.clone() for k, v in state_of(live).items()}
     advance(live, 2)
     assert not all(torch.equal(v, wanted[k]) for k, v in state_of(live).items())
-    restore(live, read(path))
+    restore(live, Loaded(path))
     assert all(torch.equal(v, wanted[k]) for k, v in state_of(live).items())
     assert live.clock.images == 16
 
@@ -77,7 +78,7 @@ def test_restored_tensors_keep_their_address_and_channels_last_layout(folder):
     path = save(live, folder, FACTS)
     fresh = started(recipe_of(seed=9))
     before = {k: v.data_ptr() for k, v in state_of(fresh).items()}
-    restore(fresh, read(path))
+    restore(fresh, Loaded(path))
     after = state_of(fresh)
     assert all(after[k].data_ptr() == pointer for k, pointer in before.items())
     player = fresh.players["discriminator"]
@@ -90,7 +91,7 @@ def test_restored_tensors_keep_their_address_and_channels_last_layout(folder):
 def test_a_session_that_was_never_trained_can_be_saved(folder):
     path = save(started(), folder, FACTS)
     fresh = started(recipe_of(seed=9))
-    restore(fresh, read(path))
+    restore(fresh, Loaded(path))
     assert path.name == "000000000" and fresh.clock.images == 0
     advance(fresh, 1)
 
@@ -103,7 +104,7 @@ def test_the_loss_scale_of_fp16_is_kept(folder):
     live = advance(started(recipe, "fp16"), 2)
     live.players["autoencoder"].scaler.update(128.0)
     fresh = started(recipe, "fp16")
-    restore(fresh, read(save(live, folder, FACTS)))
+    restore(fresh, Loaded(save(live, folder, FACTS)))
     ours, theirs = (s.players["autoencoder"].scaler.state_dict() for s in (fresh, live))
     assert ours == theirs and ours["scale"] == 128
 
@@ -129,7 +130,7 @@ def test_loading_never_unpickles(three, monkeypatch):
         (torch, "load"),
     ]:
         monkeypatch.setattr(owner, name, refuse)
-    restore(started(), read(three[2]))
+    restore(started(), Loaded(three[2]))
 
 
 def test_nothing_in_the_engine_unpickles():
@@ -155,11 +156,11 @@ def test_each_rank_takes_its_own_part_and_a_new_one_that_of_rank_0(three):
     save_file(other, path / "rank-00001.safetensors")
     index = json.loads(index_path.read_text()) | {"world_size": 2}
     index_path.write_text(json.dumps(index))
-    assert own.keys() == read(path, 0).local.keys()
+    assert own.keys() == Loaded(path, 0).local.keys()
     for rank, wanted in ((0, own), (1, other), (2, own), (5, own)):
-        assert all(torch.equal(v, wanted[k]) for k, v in read(path, rank).local.items())
+        assert all(torch.equal(v, wanted[k]) for k, v in Loaded(path, rank).local.items())
     live = started()
-    restore(live, read(path, 1))
+    restore(live, Loaded(path, 1))
     assert all((b == 7).all() for b in live.state_tensors())
 
 
@@ -177,18 +178,18 @@ def test_each_rank_takes_its_own_part_and_a_new_one_that_of_rank_0(three):
 )
 def test_a_checkpoint_of_other_sizes_is_refused(other, three):
     with pytest.raises(CheckpointError, match="does not fit this recipe"):
-        restore(started(other), read(three[2]))
+        restore(started(other), Loaded(three[2]))
 
 
 def test_a_checkpoint_without_an_average_is_refused_where_one_is_kept(folder):
     path = save(advance(started(recipe_of(ema=0)), 1), folder, FACTS)
     with pytest.raises(CheckpointError, match="generator/average"):
-        restore(started(), read(path))
+        restore(started(), Loaded(path))
 
 
 def test_networks_are_dataclasses_that_a_checkpoint_index_can_rebuild(three):
     from engine.recipe import from_values
 
-    stored = read(three[2]).index["settings"]
+    stored = Loaded(three[2]).index["settings"]
     assert from_values(recipe_of(width=32, seed=5), stored) == recipe_of()
     assert isinstance(from_values(recipe_of(), stored).step.generator.network, Network)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from engine import checkpoint
-from engine.checkpoint import CheckpointError, newest_whole, prune, read, restore, save
+from engine.checkpoint import CheckpointError, newest_whole, prune, restore, save
+from engine.stored import Loaded
 from tests.checkpoints import FACTS, names, started
 
 DAMAGES = {
@@ -62,7 +63,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, three,
     assert len(said) == 1 and str(three[2]) in said[0] and "using the one before it" in said[0]
     assert DAMAGES[damage] in said[0]
     assert names(folder) == [p.name for p in three]
-    restore(started(), read(three[1]))
+    restore(started(), Loaded(three[1]))
 
 
 def test_damaged_checkpoints_are_set_aside_only_when_asked(three, folder):
@@ -106,7 +107,7 @@ def test_of_a_run_without_checkpoints_there_is_none(tmp_path):
 def test_a_part_that_is_no_safetensors_file_is_refused(three):
     (three[2] / "shared.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(CheckpointError, match="000000024"):
-        read(three[2])
+        Loaded(three[2])
 
 
 # pruning

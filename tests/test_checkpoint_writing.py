@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from engine import checkpoint
-from engine.checkpoint import CheckpointError, newest_whole, prune, read, restore, save
+from engine.checkpoint import CheckpointError, newest_whole, prune, restore, save
+from engine.stored import Loaded
 from tests.checkpoints import FACTS, advance, names, started
 
 
@@ -19,7 +20,7 @@ def test_saving_again_at_the_same_place_replaces_the_checkpoint(folder):
     path = save(live, folder, FACTS)
     live.change_noise(3)
     assert save(live, folder, FACTS) == path
-    assert read(path).index["salt"] == 3 and names(folder) == [path.name]
+    assert Loaded(path).index["salt"] == 3 and names(folder) == [path.name]
 
 
 def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name(
@@ -76,7 +77,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(three, folder,
                 moments += 1
         newest = newest_whole(folder, pytest.fail)
         assert newest in wanted
-        restore(started(), read(newest))
+        restore(started(), Loaded(newest))
         shutil.rmtree(folder / "000000032", ignore_errors=True)
     trained.clock.seek(16)
     assert moments >= 8
@@ -144,7 +145,7 @@ def test_a_disk_that_fills_up_for_real_keeps_the_checkpoints_written_before(tiny
         trained.clock.seek(16)
     assert written and names(folder) == [p.name for p in written]
     assert newest_whole(folder, pytest.fail) == written[-1]
-    restore(started(), read(written[-1]))
+    restore(started(), Loaded(written[-1]))
     prune(folder, 1)
     save(trained, folder, FACTS)
 

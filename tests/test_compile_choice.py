@@ -223,11 +223,11 @@ def failing(live: Session, error: Exception):
 
     def iteration() -> None:
         generator = live.players["generator"]
-        generator.root.forward = fail
+        generator.shared.root.forward = fail
         try:
             live.step(batch_of(live))
         finally:
-            del generator.root.forward
+            del generator.shared.root.forward
 
     return iteration
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from engine import checkpoint
 from engine.steps import adversarial
+from engine.stored import Loaded
 from engine.train import main
 from kernels import philox
 from tests.runs import QUICK, final_state, toy, train
@@ -62,7 +63,7 @@ def test_rollback_goes_on_from_the_checkpoint_with_new_noise(poisoned, tmp_path,
     assert "back to 40 images with new noise (1 of 3)" in capsys.readouterr().out
     folder = tmp_path / "dcgan_digits" / "it"
     assert all(t.isfinite().all() for t in final_state(folder).values())
-    assert checkpoint.read(checkpoint.listing(folder / "checkpoints")[0]).index["salt"] == 1
+    assert Loaded(checkpoint.listing(folder / "checkpoints")[0]).index["salt"] == 1
     events = [json.loads(x).get("event") for x in (folder / "stats.jsonl").read_text().splitlines()]
     assert events.count("rollback") == 1
     assert events[-1] == "finish"

@@ -180,7 +180,7 @@ def bad_both(network: nn.Module, x_NC: Tensor) -> tuple[Tensor, dict]:
 
 
 @pytest.mark.parametrize(
-    ("loss", "losses", "gradients"), [(bad_loss, 1, 0), (bad_gradient, 0, 1), (bad_both, 1, 1)]
+    ("loss", "losses", "gradients"), [(bad_loss, 1, 1), (bad_gradient, 0, 1), (bad_both, 1, 1)]
 )
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_a_non_finite_update_is_skipped_and_counted_by_its_kind(loss, losses, gradients, clip):

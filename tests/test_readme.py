@@ -1,5 +1,6 @@
 """README's commands run as they stand, cut short: each with toy sizes and computed images added."""
 
+import os
 import re
 import shlex
 import shutil
@@ -15,15 +16,18 @@ from engine.export.__main__ import main as export
 from engine.report.__main__ import main as report
 from engine.sample import main as sample
 from engine.train import main
+from launch.scaling import main as predict
 from pipelines.prepare import main as prepare_dataset
 from tests.images import images
-from tests.runs import QUICK, ROOT, environment, toy, train
+from tests.runs import QUICK, ROOT, environment, run_folder, toy, train, world_size
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
 ]
 TRAIN = [c for c in COMMANDS if "-m engine.train" in c]
+SLURM = [c for c in COMMANDS if c.startswith(("sbatch ", "srun "))]  # in test_slurm.py
+TRAIN = [c for c in TRAIN if c not in SLURM]
 SERVE = [c for c in COMMANDS if "-m engine.serve" in c]
 VERBS = {"sample": sample, "evaluate": evaluate, "report": report, "export": export}
 USE = [c for c in COMMANDS if (m := re.search(r"-m engine\.(\w+)", c)) and m[1] in VERBS]
@@ -31,21 +35,39 @@ MAKE = [c for c in COMMANDS if c.startswith("make ")]
 
 
 PREPARE = [c for c in COMMANDS if "-m pipelines.prepare" in c]
+DOCTOR = [c for c in COMMANDS if "-m launch.doctor" in c]
+PREDICT = [c for c in COMMANDS if "-m launch.scaling" in c]
 INSPECT = "python -m kernels.inspect --sm 90"
 FEW = ["--metrics.generated", "300", "--metrics.real", "300"]
 
 
 def test_every_command_is_tried_here():
-    elsewhere = {"pytest bench/ --benchmark-only", INSPECT}
-    others = set(COMMANDS) - {*TRAIN, *USE, *SERVE, *MAKE, *PREPARE, *elsewhere}
+    elsewhere = {"pytest bench/ --benchmark-only", INSPECT, *SLURM}
+    others = set(COMMANDS) - {*TRAIN, *USE, *SERVE, *MAKE, *PREPARE, *DOCTOR, *PREDICT, *elsewhere}
     assert not others
     assert min(len(TRAIN), len(USE), len(SERVE), len(MAKE)) >= 1
 
 
-SLOW = [pytest.param(c, marks=pytest.mark.slow) for c in TRAIN if "nproc" in c]
+LAUNCHED = ("torchrun", "accelerate")
+SLOW = [pytest.param(c, marks=pytest.mark.slow) for c in TRAIN if c.startswith(LAUNCHED)]
 
 
-@pytest.mark.parametrize("line", [*(c for c in TRAIN if "nproc" not in c), *SLOW])
+def launch(launcher: str, arguments: list[str]) -> None:
+    """Run through a launcher as it is written, but for the number of nodes and their address."""
+    here = launcher.replace("--nnodes=2", "--nnodes=1").replace("HOST:29500", "127.0.0.1:0")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*here.split(), "-m", "engine.train", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(PATH=path),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("line", [*(c for c in TRAIN if not c.startswith(LAUNCHED)), *SLOW])
 def test_a_training_command_runs(line, tmp_path, weights, capsys):
     launcher, _, rest = line.partition("-m engine.train ")
     name, *given = shlex.split(rest)
@@ -64,12 +86,13 @@ def test_a_training_command_runs(line, tmp_path, weights, capsys):
         photos = shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "photos")
         flags[flags.index("photos.zip")] = photos
         flags += ["--data.cache", str(tmp_path / "cache")]
+    arguments = [name, *toy(name)[1], *flags, *QUICK, "--steps", "1", "--runs", str(tmp_path)]
+    if not line.startswith(LAUNCHED):
+        train(*arguments)
+        return
+    launch(launcher, arguments)
     ranks = re.search(r"nproc_per_node=(\d+)", launcher)
-    toy_flags = toy(name)[1]
-    train(
-        *(name, *toy_flags, *flags, *QUICK, "--steps", "1", "--runs", str(tmp_path)),
-        ranks=int(ranks[1]) if ranks else 1,
-    )
+    assert world_size(run_folder(tmp_path, name)) == (int(ranks[1]) if ranks else 1)
 
 
 def prepare(words: list[str], weights: str) -> list[str]:
@@ -110,6 +133,28 @@ def test_a_dataset_is_prepared(line, tmp_path, monkeypatch):
     assert prepare_dataset(shlex.split(line.removeprefix("python -m pipelines.prepare "))) == 0
     made = [p.suffix for p in tmp_path.rglob("*") if p.suffix in (".npy", ".beton", ".zip")]
     assert made and (".zip" in made) == ("zip" in line) and (".beton" in made) == ("ffcv" in line)
+
+
+@pytest.mark.parametrize("line", PREDICT)
+def test_a_prediction_is_made(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert predict(shlex.split(line.removeprefix("python -m launch.scaling "))) == 0
+    assert (tmp_path / "scaling.png").exists()
+
+
+ON_RANKS = [pytest.param(c, marks=pytest.mark.slow) for c in DOCTOR if "nproc" in c]
+
+
+@pytest.mark.parametrize("line", [*(c for c in DOCTOR if "nproc" not in c), *ON_RANKS])
+def test_the_doctor_examines_a_machine(line, tmp_path):
+    launcher, _, rest = line.partition("-m launch.doctor ")
+    name, *flags = shlex.split(rest.replace("doctor.json", str(tmp_path / "doctor.json")))
+    ranks = launcher.replace("torchrun", "-m torch.distributed.run --standalone").split()
+    command = [sys.executable, *(w for w in ranks if w != "python"), "-m", "launch.doctor", name]
+    command += [*toy(name)[1], *flags, "--runs", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 fail" in done.stdout
 
 
 @pytest.mark.parametrize("line", SERVE)

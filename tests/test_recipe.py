@@ -36,6 +36,8 @@ def other_value(flag: str, value: object) -> tuple[list[str], object]:
         "data.pipeline": "torchvision",
         "data.on-error": "skip",
         "data.beton": "jpeg",
+        "parallel": "fsdp2",
+        "sync-bn": "on",
         "metrics.split": "test" if value == "train" else "train",
         "metrics.extractor": "inception",
         "metrics.network": "module:Class",
@@ -334,7 +336,8 @@ def test_the_run_name_differs_with_every_setting_that_defines_the_run():
     changes = (
         *(("--seed", "1"), ("--generator.lr", "3e-5"), ("--generator.width", "8")),
         *(("--discriminator.betas", "0.5", "0.9"), ("--joint",), ("--data.batch", "32")),
-        *(("--data.resolution", "32"), ("--data.flip",), ("--accumulate", "2"), ("--sync-bn",)),
+        *(("--data.resolution", "32"), ("--data.flip",), ("--accumulate", "2")),
+        ("--sync-bn", "on"),
         *(("--precision", "fp32"), ("--generator.ema-kimg", "7"), ("--data.name", "synthetic")),
     )
     seen = {recipes.run_name(parsed(*change)) for change in ((), *changes)}
@@ -372,11 +375,12 @@ def test_a_setting_spelt_out_at_its_default_leaves_the_run_name():
 def test_contradictions_name_the_flag_and_both_values():
     default = parsed()
     assert recipes.contradictions(default, default) == []
-    changed = parsed("--generator.width", "8", "--sync-bn", "--data.batch", "32", "--steps", "3")
+    others = ("--sync-bn", "on", "--data.batch", "32", "--steps", "3")
+    changed = parsed("--generator.width", "8", *others)
     assert sorted(recipes.contradictions(changed, default)) == [
         "--data.batch: the run has 64, this command says 32",
         "--generator.width: the run has 128, this command says 8",
-        "--sync-bn: the run has False, this command says True",
+        "--sync-bn: the run has auto, this command says on",
     ]
     (line,) = recipes.contradictions(parsed("--discriminator.betas", "0.1", "0.9"), default)
     assert line == "--discriminator.betas: the run has [0, 0.99], this command says [0.1, 0.9]"

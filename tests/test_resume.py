@@ -52,6 +52,7 @@ def test_7_steps_kill_and_13_more_equal_20_unbroken(name, compiled, ranks, tmp_p
     """With the average, augmentation by flips, two micro-batches, a decaying learning rate."""
     player = "autoencoder" if name.startswith("vae") else "generator"
     flags = [*small(name), "--compile", compiled, "--data.flip", "--accumulate", "2"]
+    flags += ["--sync-bn", "off"]  # which would not be compiled
     flags += [f"--{player}.ema-kimg", "0.1", f"--{player}.decay-kimg", "0.1"]
     whole, broken = ["--runs", str(tmp_path / "a")], ["--runs", str(tmp_path / "b")]
     folder = tmp_path / "b" / name / "it"

@@ -9,8 +9,9 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from engine.checkpoint import read_best, write_best
+from engine.checkpoint import read_best
 from engine.metrics.evaluator import Evaluation, Evaluator
 from engine.session import Session
 from engine.stats import forget_after
@@ -61,10 +62,10 @@ class Schedule:
             f"({self._prepared:.1f} s to prepare them not counted)"
         )
 
-    def keep(self, checkpoints: Path) -> None:
-        """Note that the checkpoint of this moment, now written, is the best. Rank 0's work."""
-        if self._pending:
-            write_best(checkpoints, self._pending)
+    @property
+    def pending(self) -> dict[str, Any] | None:
+        """What is to be noted with the checkpoint of this moment if it is the best one."""
+        return self._pending
 
     def go_back(self, images: int) -> None:
         """Forget what came after so many images. Rank 0's work."""

@@ -47,6 +47,9 @@ class Adversarial(Algorithm):
         if self.r1 < 0 or self.r1_every < 1:
             raise ValueError("--r1 must not be negative, --r1-every be at least 1")
 
+    def second_order(self) -> bool:
+        return self.r1 > 0
+
     def period(self) -> int:
         return self.r1_every if self.r1 else 1
 

@@ -1,0 +1,56 @@
+"""What does a rank hold, and at most, in each way of sharing? Measured against the sums of bytes.
+
+P is the size of the parameters in float32, n the number of ranks. Held between iterations: DDP
+4 P (parameters, gradients in its buckets, two moments); FSDP2 3 P/n; ZeRO-1 and -2 P + 3 P/n (a
+copy of what is stepped beside the parameters); ZeRO-3 4 P/n. At most: DDP no more; FSDP2 gathers
+the parameters and makes whole gradients before it spreads them, 2 P + 4 P/n; ZeRO-1 makes whole
+gradients, 2 P + 4 P/n; ZeRO-2 and -3 let them go bucket by bucket, P + 4 P/n and 5 P/n.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+RANKS = max(2, torch.cuda.device_count())
+HELD: dict[str, Callable[[int], float]] = {
+    "ddp": lambda n: 4,
+    "fsdp2": lambda n: 3 / n,
+    "deepspeed-zero1": lambda n: 1 + 3 / n,
+    "deepspeed-zero2": lambda n: 1 + 3 / n,
+    "deepspeed-zero3": lambda n: 4 / n,
+}
+PEAK: dict[str, Callable[[int], float]] = {
+    "ddp": lambda n: 4,
+    "fsdp2": lambda n: 2 + 4 / n,
+    "deepspeed-zero1": lambda n: 2 + 4 / n,
+    "deepspeed-zero2": lambda n: 1 + 4 / n,
+    "deepspeed-zero3": lambda n: 5 / n,
+}
+
+
+@pytest.mark.parametrize("way", HELD)
+def bench_memory(benchmark, row, way):
+    """The process's resident memory, less what it was before the network was there."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += [f"--nproc_per_node={RANKS}", "-m", "bench.memory_one", way]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("{"))
+    found = json.loads(line)
+    size = 4 * found["parameters"]
+    held, peak = (max(found[kind]) / size for kind in ("held", "peak"))
+    wanted = {"held": HELD[way](RANKS), "peak": PEAK[way](RANKS)}
+    benchmark.extra_info |= {"ranks": RANKS, "held_p": held, "peak_p": peak, "predicted": wanted}
+    row(
+        f"{way:15}  held {held:4.2f} P, predicted {wanted['held']:4.2f}    at most {peak:4.2f} P, "
+        f"predicted {wanted['peak']:4.2f}    (P = {size / 2**20:,.0f} MiB, {RANKS} ranks)"
+    )
+    benchmark.pedantic(lambda: None, rounds=1)

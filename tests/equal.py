@@ -1,0 +1,166 @@
+"""Worker of test_equality.py: python -m tests.equal OUT MODE CASE..., alone or under torchrun.
+
+Trains each case for some steps on the same images, checks that all ranks hold the same, and writes
+what was trained to OUT/CASE.safetensors.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from engine import session, world
+from engine.compile import Compiler
+from engine.networks import mlp, vae
+from engine.networks.spec import ImageSpec, Network
+from engine.optimizer import GuardedAdam
+from engine.parallel import Piece
+from engine.precision import Precision
+from engine.session import Session
+from engine.settings import Adam, Length, PlayerSettings, Recipe
+from engine.steps.adversarial import Adversarial
+from engine.steps.autoencoder import Variational
+from pipelines.batch import Batch
+from pipelines.settings import Data
+
+SIDE = 16
+
+
+class ToDtype(nn.Module):
+    """Latents are float32; the network may be float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.get_default_dtype())
+
+
+@dataclass(frozen=True)
+class NormFree(Network):
+    """A generator whose images do not depend on one another; over 1 MB, so two of DDP's buckets."""
+
+    latent: int = 12
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        shape = (images.channels, images.resolution, images.resolution)
+        pixels = shape[0] * shape[1] * shape[2]
+        layers = [ToDtype(), nn.Linear(self.latent, 700), nn.LeakyReLU(0.2), nn.Linear(700, 700)]
+        layers += [nn.LeakyReLU(0.2), nn.Linear(700, pixels), nn.Tanh(), nn.Unflatten(1, shape)]
+        return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class Normed(mlp.Generator):
+    """Its statistics are to be those of all ranks."""
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        return nn.Sequential(ToDtype(), super().build(images))
+
+
+def adversarial(generator: Network, **settings: float) -> Adversarial:
+    return Adversarial(
+        PlayerSettings(generator, Adam(lr=1e-3), ema_kimg=0.05),
+        PlayerSettings(mlp.Discriminator(channels=(8, 16)), Adam(lr=1e-3, betas=(0.0, 0.99))),
+        **settings,
+    )
+
+
+PENALTY = adversarial(NormFree(), r1=1.0, r1_every=2)
+GAN = adversarial(NormFree())
+NORMS = adversarial(Normed(latent=12, hidden=(32, 32)), joint=True)
+VAE = Variational(
+    PlayerSettings(vae.Dense(hidden=600, latent=8), Adam(lr=1e-3), ema_kimg=0.05, clip=1.0),
+    beta=2.0,
+)
+# case: algorithm, micro-batches, sync_bn, compiled
+CASES = {
+    "gan": (GAN, 1, "off", False),
+    "gan accumulated": (GAN, 2, "off", False),
+    "norms": (NORMS, 1, "on", False),
+    "penalty": (PENALTY, 1, "off", False),
+    "penalty accumulated": (PENALTY, 2, "off", False),
+    "vae": (VAE, 1, "off", False),
+    "vae halves": (VAE, 2, "off", False),
+    "vae accumulated": (VAE, 4, "off", False),
+    "gan compiled": (GAN, 1, "off", True),
+    "penalty compiled": (PENALTY, 2, "off", True),
+    "vae compiled": (VAE, 1, "off", True),
+}
+BATCH = 16
+
+
+def run(case: str, mode: str, steps: int, ranks: world.Ranks) -> Session:
+    """Train a case; every gradient is there in every step, and parameters never part."""
+    step, accumulate, synchronised, compiled = CASES[case]
+    data = Data(name="digits", resolution=SIDE, channels=1, batch=BATCH)
+    recipe = Recipe(
+        step, data, Length(steps=steps), parallel=mode, accumulate=accumulate, sync_bn=synchronised
+    )
+    compiler = Compiler(compiled, "test", required=True)
+    live = session.start(recipe, ranks, Precision("fp32", "test", "cpu"), compiler, 10_000)
+    own = BATCH // ranks.world_size
+    rows = slice(ranks.rank * own, (ranks.rank + 1) * own)
+    for number in range(steps):
+        random = torch.Generator().manual_seed(number)
+        images = torch.rand(BATCH, 1, SIDE, SIDE, generator=random)[rows] * 2 - 1
+        positions = torch.arange(BATCH)[rows] + live.clock.images
+        images = images.to(torch.get_default_dtype())
+        live.step(Batch(images, torch.zeros(own, dtype=torch.int64), positions))
+        live.clock.advance()
+    return live
+
+
+def trained(live: Session) -> dict[str, Tensor]:
+    """Parameters, moving averages and Adam's moments, whole."""
+    found: dict[str, Tensor | Piece] = {}
+    for name, player in live.players.items():
+        found |= {f"{name}/{k}": v for k, v in player.shared.parameters().items()}
+        found |= {f"{name}/adam/{k}": v for k, v in player.shared.moments().items()}
+        if player.average:
+            found |= {f"{name}/average/{k}": v for k, v in player.average.parameters().items()}
+    whole = {k: v.whole() if isinstance(v, Piece) else v for k, v in found.items()}
+    with live.gathered():  # what is shown is the same as what is stored
+        for name, player in live.players.items():
+            kind = f"{name}/average" if player.average else name
+            for path, shown in player.sampler.named_parameters():
+                assert torch.equal(shown, whole[f"{kind}/{path}"]), path
+    return {k: v.detach().clone().contiguous() for k, v in whole.items()}
+
+
+def assert_same_on_all_ranks(tensors: dict[str, Tensor], ranks: world.Ranks) -> None:
+    data = safetensors.torch.save(tensors)
+    digests = ranks.gather(hashlib.sha256(data).hexdigest())
+    assert len(set(digests)) == 1, digests
+
+
+def guard_gradients() -> None:
+    """A parameter without a gradient is an error: frameworks skip it in silence."""
+    step = GuardedAdam.step
+
+    def checked(self: GuardedAdam, closure: None = None) -> None:
+        missing = [p.shape for g in self.param_groups for p in g["params"] if p.grad is None]
+        assert not missing, missing
+        step(self, closure)
+
+    GuardedAdam.step = checked
+
+
+def main(out: str, mode: str, dtype: str, steps: str, *cases: str) -> None:
+    torch.set_default_dtype(getattr(torch, dtype))
+    torch.set_num_threads(1)
+    guard_gradients()
+    ranks = world.start(torch.device("cpu"))
+    for case in cases:
+        torch._dynamo.reset()
+        tensors = trained(run(case, mode, int(steps), ranks))
+        assert_same_on_all_ranks(tensors, ranks)
+        if ranks.rank == 0:
+            safetensors.torch.save_file(tensors, Path(out) / f"{case}.safetensors")
+    world.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    world.leave(0)
