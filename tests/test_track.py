@@ -198,6 +198,7 @@ def test_what_cannot_be_tracked_with_is_refused_by_name(names, said, monkeypatch
     assert said in str(refusal.value)
     check(("wandb",))
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     check(names)  # rank 0 speaks for all
 
 
