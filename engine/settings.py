@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Networks = dict[str, nn.Module]  # a player's network by the player's name
 Values = dict[str, Tensor]  # named 0-d device tensors
 
-Parallel = Literal["ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"]
+Parallel = Literal["auto", "ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"]
 
 Inline = tyro.conf.arg(name="")  # the part's fields become flags without the part's own prefix
 
@@ -191,10 +191,10 @@ class Recipe:
     kernels: dispatch.Setting = "auto"
     """Triton's fused operations: auto where a bench has shown a gain, fused wherever they serve,
     reference never (plain PyTorch)."""
-    parallel: Parallel = "ddp"
+    parallel: Parallel = "auto"
     """How several ranks share a player: ddp (everything everywhere), fsdp2 or DeepSpeed's ZeRO
-    (stage 1: optimizer state, 2: gradients too, 3: parameters too are spread over the ranks). May
-    change on resume."""
+    (stage 1: optimizer state, 2: gradients too, 3: parameters too are spread over the ranks); auto
+    is ddp, or what accelerate's configuration says. May change on resume."""
     accumulate: int = 1
     """Micro-batches per update; gradients are reduced over ranks once per update."""
     batch_per_rank: int | Literal["auto"] | None = None

@@ -1,5 +1,6 @@
 """What several ranks can do together, settled before anything starts."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -9,10 +10,18 @@ from engine.precision import Precision
 from engine.recipe import image_spec
 from engine.settings import Recipe
 from engine.zero import missing
+from launch.environment import accelerate_way
 
 FEW = 16
 """Images below which BatchNorm's statistics suffer from their number (Wu and He 2018, "Group
 normalization", figure 1: the error rises from 16 images down)."""
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with its way of sharing, where that is to be chosen."""
+    if recipe.parallel != "auto":
+        return recipe
+    return replace(recipe, parallel=accelerate_way() or "ddp")
 
 
 def check(recipe: Recipe, precision: Precision, world_size: int) -> None:

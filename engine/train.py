@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -89,6 +90,7 @@ def train_with_rollbacks(t: Training) -> bool:
 
 def run_command(command: recipes.Command, name: str) -> int:
     """Check, start, train and finish; exit code. Prints one message for what goes wrong."""
+    command = replace(command, recipe=sharing.settled(command.recipe))
     try:
         recipes.check(command.recipe, environment()[2])
         device = choose_device(command.recipe.device)

@@ -89,10 +89,28 @@ def _doubts_about_accelerate() -> list[str]:
             "accelerate was asked for several processes and started this one alone, as it does "
             "with --cpu; say --multi_gpu (without GPUs too), or use torchrun"
         )
-    sharding = [f"ACCELERATE_USE_{x}" for x in ("FSDP", "DEEPSPEED", "MEGATRON_LM")]
-    if any(os.environ.get(name, "false").lower() == "true" for name in sharding):
-        found.append("accelerate's FSDP, DeepSpeed and Megatron settings are not read")
+    if _accelerate_uses("MEGATRON_LM"):
+        found.append("accelerate's Megatron settings are not read")
+    if accelerate_way():
+        found.append(
+            "of accelerate's FSDP and DeepSpeed settings the kind and the ZeRO stage are taken, "
+            "where --parallel is auto; the others are not read"
+        )
     return found
+
+
+def accelerate_way() -> str | None:
+    """The way of sharing (a value of --parallel) that accelerate's configuration asks for."""
+    if _accelerate_uses("FSDP"):
+        return "fsdp2"
+    if _accelerate_uses("DEEPSPEED"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        return f"deepspeed-zero{stage}" if stage in ("1", "2", "3") else "ddp"
+    return None
+
+
+def _accelerate_uses(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 
 
 def accelerate_precision() -> str | None:

@@ -84,6 +84,7 @@ CASES = {
     "vae": (VAE, 1, "off", False),
     "vae halves": (VAE, 2, "off", False),
     "vae accumulated": (VAE, 4, "off", False),
+    "vae poisoned": (VAE, 1, "off", False),
     "gan compiled": (GAN, 1, "off", True),
     "penalty compiled": (PENALTY, 2, "off", True),
     "vae compiled": (VAE, 1, "off", True),
@@ -107,8 +108,12 @@ def run(case: str, mode: str, steps: int, ranks: world.Ranks) -> Session:
         images = torch.rand(BATCH, 1, SIDE, SIDE, generator=random)[rows] * 2 - 1
         positions = torch.arange(BATCH)[rows] + live.clock.images
         images = images.to(torch.get_default_dtype())
+        if "poisoned" in case and number == 3 and ranks.rank == ranks.world_size - 1:
+            images[-1] = torch.nan  # the other ranks see nothing of it, and must skip the step too
         live.step(Batch(images, torch.zeros(own, dtype=torch.int64), positions))
         live.clock.advance()
+    skipped = {name: int(player.bad_gradients) for name, player in live.players.items()}
+    assert set(skipped.values()) == {int("poisoned" in case)}, skipped
     return live
 
 

@@ -5,12 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import early_signal, world
+from engine import early_signal, recipe, sharing, world
 from engine.precision import choose_precision
 from engine.signals import StopRequest
 from launch import environment, stage
@@ -99,7 +100,8 @@ def test_without_scontrol_the_remedy_is_named(launched):
         ),
         ({"ACCELERATE_MIXED_PRECISION": "no"}, None),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "--multi_gpu"),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "true"}, "others are not"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
     ],
 )
 def test_doubts(variables, words, launched):
@@ -120,6 +122,26 @@ def test_accelerates_precision_is_taken_unless_the_recipe_has_one(launched):
         launched({"ACCELERATE_MIXED_PRECISION": other})
         with pytest.raises(ValueError, match="--precision bf16"):
             choose_precision("auto", cpu)
+
+
+@pytest.mark.parametrize(
+    ("variables", "way"),
+    [
+        ({}, "ddp"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed-zero2"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "deepspeed-zero3",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ddp"),
+    ],
+)
+def test_accelerates_way_of_sharing_is_taken_unless_the_recipe_has_one(variables, way, launched):
+    launched(variables)
+    given = recipe.load("vae_mnist")
+    assert sharing.settled(given).parallel == way
+    assert sharing.settled(replace(given, parallel="deepspeed-zero1")).parallel == "deepspeed-zero1"
 
 
 def test_accelerates_cpu_keeps_off_the_gpus(launched, monkeypatch):
@@ -215,10 +237,18 @@ def test_two_nodes_of_torchrun_train_what_one_with_two_ranks_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_accelerate_launches_two_ranks_in_its_precision(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("MULTI_GPU", "ddp"),
+        ("FSDP\nfsdp_config: {fsdp_version: 2}", "fsdp2"),
+        ("DEEPSPEED\ndeepspeed_config: {zero_stage: 1}", "deepspeed-zero1"),
+    ],
+)
+def test_accelerate_launches_two_ranks_in_its_precision_and_way(kind, way, tmp_path):
     config = tmp_path / "accelerate.yaml"
     config.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: bf16\n"
+        f"compute_environment: LOCAL_MACHINE\ndistributed_type: {kind}\nmixed_precision: bf16\n"
         f"num_machines: 1\nnum_processes: 2\nmachine_rank: 0\nmain_process_port: {free_port()}\n"
     )
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
@@ -236,6 +266,7 @@ def test_accelerate_launches_two_ranks_in_its_precision(tmp_path):
     assert done.returncode == 0, output
     assert world_size(run_folder(tmp_path / "runs", "dcgan_digits")) == 2
     assert "precision: bf16 (accelerate's mixed_precision)" in output
+    assert f"{way}, 4 images each" in output
     assert final_state(run_folder(tmp_path / "runs", "dcgan_digits"))
 
 
