@@ -7,6 +7,7 @@ Slow, and left out where Slurm is not installed; `make test-slurm` runs it.
 import json
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -111,8 +112,8 @@ def test_an_array_trains_a_run_for_each_seed(cluster, setting):
 
 
 def test_tasks_of_srun_find_each_other_and_ignore_the_batch_scripts_variables(cluster, setting):
-    flags = [*TOY, "--runs", setting["RUNS"], "--run-name", "it", "--steps", "5"]
-    steps = ["srun", "--nodes=2", "--ntasks=2", "python", "-m", "engine.train", "dcgan_digits"]
+    flags = ["dcgan_digits", *TOY, "--runs", setting["RUNS"], "--run-name", "it", "--steps", "5"]
+    steps = ["srun", "--nodes=2", "--ntasks=2", sys.executable, "-m", "engine.train"]
     cluster.run(*steps, *flags, **setting)
     assert world_size(run_of(setting, "it")) == 2
     assert final_state(run_of(setting, "it"))
