@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from engine.compile import Compiler
 from engine.precision import Precision
 from engine.recipe import flatten
-from engine.session import build_networks, start
+from engine.session import Session, build_networks, start
 from engine.settings import Recipe
 from engine.world import Ranks
 from pipelines.batch import Batch
@@ -51,18 +51,28 @@ def cost(recipe: Recipe, classes: int = 0) -> Cost:
     Counted by running the step on the meta device, which holds no data: a step that reads a
     value back to the host fails here.
     """
-    images = min(4, max(recipe.data.batch // recipe.accumulate, 1)) * recipe.accumulate
-    data = replace(recipe.data, batch=images)
-    small = replace(recipe, data=data, sync_bn="off", precision="fp32")
-    compiler = Compiler(False, "counting")
-    ranks, precision = Ranks(0, 0, 1, META), Precision("fp32", "counting", "cpu")
-    session = start(small, ranks, precision, compiler, images, classes)
-    period = recipe.step.period()
+    session = without_data(recipe, few_images(recipe), classes)
+    images, period = session.clock.batch, recipe.step.period()
     with session.rehearsing(), FlopCount() as count:
         for _ in range(period):
-            session.step(example_batch(small, images))
+            session.step(example_batch(recipe, images))
             session.clock.advance()
+    compiler = next(iter(session.players.values())).compiler
     return Cost(count.total / images / period, tuple(compiler.units.values()))
+
+
+def few_images(recipe: Recipe) -> int:
+    """Of a micro-batch that counts as any other does."""
+    return min(4, max(recipe.data.batch // recipe.accumulate, 1))
+
+
+def without_data(recipe: Recipe, images: int, classes: int = 0) -> Session:
+    """A session on the meta device, of one rank in float32, with so many images a micro-batch."""
+    batch = images * recipe.accumulate
+    data = replace(recipe.data, batch=batch)
+    small = replace(recipe, data=data, sync_bn="off", precision="fp32")
+    ranks, precision = Ranks(0, 0, 1, META), Precision("fp32", "counting", "cpu")
+    return start(small, ranks, precision, Compiler(False, "counting"), batch, classes)
 
 
 def example_batch(recipe: Recipe, images: int) -> Batch:

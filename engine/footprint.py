@@ -8,7 +8,7 @@ first kind alone, are refused inside `torch.func.grad`, where penalties take the
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from engine.compile import Compiler
-from engine.describe import META, example_batch
+from engine.describe import example_batch, without_data
 from engine.player import Player
-from engine.precision import Precision
-from engine.session import Session, start
 from engine.settings import Recipe
-from engine.world import Ranks
 
 SMALL, LARGE = 256, 512
 """Micro-batches whose peaks are compared: large enough that activations outweigh the weights'
@@ -94,7 +90,7 @@ def activation_bytes(recipe: Recipe, classes: int = 0) -> float:
 
 def state_bytes(recipe: Recipe, classes: int = 0) -> dict[str, State]:
     """What each player keeps, by its name, once its optimizer has made a step."""
-    session = _session(recipe, classes, 1)
+    session = without_data(recipe, 1, classes)
     return {name: _state(player) for name, player in session.players.items()}
 
 
@@ -115,7 +111,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _peak(recipe: Recipe, classes: int, images: int) -> int:
     """Largest sum of what one iteration holds at a time, of so many images a micro-batch."""
-    session = _session(recipe, classes, images)
+    session = without_data(recipe, images, classes)
     peak = 0
     with session.rehearsing():
         for turn in range(min(recipe.step.period(), 2)):  # both kinds of iteration
@@ -124,14 +120,6 @@ def _peak(recipe: Recipe, classes: int, images: int) -> int:
                 session.step(example_batch(session.recipe, session.clock.batch))
             peak = max(peak, live.peak)
     return peak
-
-
-def _session(recipe: Recipe, classes: int, images: int) -> Session:
-    batch = images * recipe.accumulate
-    data = replace(recipe.data, batch=batch)
-    small = replace(recipe, data=data, sync_bn="off", precision="fp32", parallel="ddp")
-    precision, compiler = Precision("fp32", "counting", "cpu"), Compiler(False, "counting")
-    return start(small, Ranks(0, 0, 1, META), precision, compiler, batch, classes)
 
 
 def free_memory() -> int:

@@ -127,12 +127,16 @@ class Alone:
 
     def make_moments(self) -> None:
         """Make the optimizer's state as before a first step, for a checkpoint to be put into."""
-        for p in self.optimizer.param_groups[0]["params"]:
+        for p in self._stepped():
             self.optimizer.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
+
+    def _stepped(self) -> list[Tensor]:
+        """What the optimizer steps."""
+        return self.optimizer.param_groups[0]["params"]
 
     def loaded(self) -> None:
         """Called after the values of `parameters()` were overwritten."""

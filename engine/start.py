@@ -256,11 +256,13 @@ def _as_shared(
 ) -> tuple[Recipe, str]:
     """The recipe with micro-batches and synchronisation settled, as when the run began on so many
     ranks; and why so many micro-batches."""
-    if before and before["resolved"]["ranks"][0] == ranks.world_size:
-        accumulate, synchronised = (before["resolved"][x][0] for x in ("accumulate", "sync_bn"))
-        kept = replace(recipe, accumulate=accumulate, sync_bn="on" if synchronised else "off")
-        return kept, "as when the run began"
-    return micro_batch.resolve(recipe, classes, ranks)
+    if not before or before["resolved"]["ranks"][0] != ranks.world_size:
+        return micro_batch.resolve(recipe, classes, ranks)
+    accumulate, synchronised = (before["resolved"][x][0] for x in ("accumulate", "sync_bn"))
+    recipe = replace(recipe, sync_bn="on" if synchronised else "off")
+    if recipe.batch_per_rank != "auto":
+        return micro_batch.resolve(recipe, classes, ranks)
+    return replace(recipe, accumulate=accumulate), "as when the run began"
 
 
 def _resume(live: Session, folder: Path, facts: dict[str, Any], display: Display) -> bool:

@@ -88,14 +88,6 @@ class Zero(Alone):
                 found[f"{name}/{key}"] = part if key == "step" else piece._replace(values=part)
         return found
 
-    def make_moments(self) -> None:
-        flat = self._flat()
-        self.optimizer.state[flat] = {
-            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
-        }
-
     @torch.no_grad()
     def loaded(self) -> None:
         """Bring the values of the network to the copies that are stepped."""
@@ -105,7 +97,8 @@ class Zero(Alone):
 
     def _flat(self) -> Tensor:
         """This rank's part of all parameters, padded, as the optimizer steps it."""
-        return self.optimizer.param_groups[0]["params"][0]
+        (flat,) = self._stepped()
+        return flat
 
     def _parts(self) -> dict[str, tuple[Piece, int]]:
         """By parameter, this rank's part of it and where that begins in the flat tensor."""
@@ -150,8 +143,8 @@ class Zero3(Zero):
         values = padded.detach().view(-1)[: min(each, count - begin)]
         return Piece(values, begin, self._shapes[name])
 
-    def _flat(self) -> Tensor:
-        return self._engine.optimizer.fp32_partitioned_groups_flat[0]
+    def _stepped(self) -> list[Tensor]:
+        return self._engine.optimizer.fp32_partitioned_groups_flat
 
     @torch.no_grad()
     def loaded(self) -> None:

@@ -10,6 +10,7 @@ from engine.footprint import State, activation_bytes, free_memory, state_bytes
 from engine.precision import choose_precision
 from engine.recipe import total_images
 from engine.settings import Recipe
+from engine.sharing import settled
 from engine.world import environment
 from launch.checks import nearest
 from launch.findings import FAIL, OK, WARN, Case, Finding
@@ -58,7 +59,7 @@ def _device_memory(case: Case, need: float, text: str, recipe: Recipe) -> Findin
 def _held(state: State, recipe: Recipe) -> float:
     """Bytes of a player's state on one rank. Whatever is sharded, an update has weights and
     gradients whole at some moment; what it never gathers is the optimizer's state."""
-    if recipe.parallel == "ddp":
+    if settled(recipe).parallel == "ddp":
         return state.held
     return state.held - state.optimizer * (1 - 1 / environment()[2])
 

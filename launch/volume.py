@@ -5,19 +5,16 @@ there and which BatchNorm ran. Everything is for plain DDP, one reduction per up
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from engine import session
-from engine.compile import Compiler
-from engine.describe import META, FlopCount, example_batch
+from engine.describe import FlopCount, example_batch, few_images, without_data
 from engine.player import Player
-from engine.precision import Precision
+from engine.session import Session
 from engine.settings import Recipe, Values
-from engine.world import Ranks
 
 FLAG = 4  # bytes: StopRequest's float, agreed on the host in each iteration
 FLOAT = 4  # gradients and moments are float32, whatever the precision
@@ -102,7 +99,7 @@ class Work:
 class _Tape:
     """Notes what passes while a session runs on the meta device."""
 
-    def __init__(self, live: session.Session, count: Count, images: int) -> None:
+    def __init__(self, live: Session, count: Count, images: int) -> None:
         self.count, self.images = count, images
         self.updates: list[Update] = []
         self.gathers: list[int] = []
@@ -137,7 +134,7 @@ class _Tape:
             if p.requires_grad:
                 p.register_hook(partial(arrive, p.numel() * FLOAT))
 
-    def watch_norms(self, live: session.Session) -> None:
+    def watch_norms(self, live: Session) -> None:
         """One all_gather of (3, C) forward, one all_reduce of (2, C) backward: see
         kernels/batchnorm_sync.py."""
 
@@ -158,19 +155,14 @@ class _Tape:
 def trace(name: str, recipe: Recipe, synchronised: bool = False) -> Work:
     """Count a recipe's iterations over one period of its step, with BatchNorm synchronised or
     not."""
-    parts = recipe.accumulate
-    images = min(4, max(recipe.data.batch // parts, 1)) * parts
-    data = replace(recipe.data, batch=images)
-    small = replace(recipe, data=data, sync_bn="off", precision="fp32")
-    alone, precision = Ranks(0, 0, 1, META), Precision("fp32", "counting", "cpu")
-    live = session.start(small, alone, precision, Compiler(False, "counting"), images)
-    period, count = recipe.step.period(), Count()
+    live = without_data(recipe, few_images(recipe))
+    images, period, count = live.clock.batch, recipe.step.period(), Count()
     tape = _Tape(live, count, images)
     if synchronised:
         tape.watch_norms(live)
     with live.rehearsing(), count:
         for _ in range(period):
-            live.step(example_batch(small, images))
+            live.step(example_batch(recipe, images))
             live.clock.advance()
     return Work(
         name,
