@@ -8,20 +8,48 @@ import ctypes
 import gc
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from engine import session, world
 from engine.compile import Compiler
-from engine.networks import vae
+from engine.networks.spec import ImageSpec, Network
 from engine.precision import Precision
 from engine.settings import Adam, Length, PlayerSettings, Recipe
 from engine.steps.autoencoder import Variational
 from pipelines.batch import Batch
 from pipelines.settings import Data
 
-HIDDEN, SIDE, BATCH, STEPS = 6000, 64, 8, 3
+WIDTH, DEPTH, BATCH, STEPS = 2048, 12, 8, 3
+
+
+class Chain(nn.Module):
+    """Layers of equal size, so that parts of the network are small against all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [m for _ in range(DEPTH) for m in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+        self.layers = nn.Sequential(*layers)
+
+    def encode(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        mean_NL, log_variance_NL = self.layers(x_NCHW.flatten(1)).chunk(2, 1)
+        return mean_NL, log_variance_NL
+
+    def decode(self, z_NL: Tensor) -> Tensor:
+        return torch.cat([z_NL, z_NL], 1)[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class Deep(Network):
+    """A network that is large for its batch."""
+
+    latent: int = WIDTH // 2
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        return Chain()
 
 
 def resident(field: str) -> int:
@@ -40,8 +68,8 @@ def forget_peak() -> None:
 def main(way: str) -> None:
     torch.set_num_threads(1)
     ranks = world.start(torch.device("cpu"))
-    step = Variational(PlayerSettings(vae.Dense(hidden=HIDDEN, latent=8), Adam()))
-    data = Data(name="digits", resolution=SIDE, channels=1, batch=BATCH)
+    step = Variational(PlayerSettings(Deep(), Adam()))
+    data = Data(name="digits", resolution=1, channels=WIDTH, batch=BATCH)
     recipe = Recipe(step, data, Length(steps=STEPS), parallel=way)
     if way.startswith("deepspeed"):
         import deepspeed  # noqa: F401  (its code is not what is measured)
@@ -52,7 +80,7 @@ def main(way: str) -> None:
     )
     own = BATCH // ranks.world_size
     batch = Batch(
-        torch.zeros(own, 1, SIDE, SIDE), torch.zeros(own, dtype=torch.int64), torch.arange(own)
+        torch.zeros(own, WIDTH, 1, 1), torch.zeros(own, dtype=torch.int64), torch.arange(own)
     )
     for number in range(STEPS):
         if number == STEPS - 1:

@@ -31,7 +31,7 @@ def memory(case: Case) -> list[Finding]:
     recipe = replace(recipe, precision=choose_precision(recipe.precision, case.device).name)
     classes = _classes(case)
     states = state_bytes(recipe, classes)
-    micro = max(recipe.data.batch // environment()[2] // recipe.accumulate, 1)
+    micro = _micro_batch(recipe)
     activations = activation_bytes(recipe, classes) * micro
     need = sum(_held(s, recipe) for s in states.values()) + activations
     text = (
@@ -46,8 +46,19 @@ def memory(case: Case) -> list[Finding]:
     return findings
 
 
+def _micro_batch(recipe: Recipe) -> int:
+    """Images that a rank must have room for at a time: with --batch-per-rank auto, which takes what
+    fits, a single one."""
+    if recipe.batch_per_rank == "auto":
+        return 1
+    own = max(recipe.data.batch // environment()[2] // recipe.accumulate, 1)
+    return min(recipe.batch_per_rank or own, own)
+
+
 def _device_memory(case: Case, need: float, text: str, recipe: Recipe) -> Finding:
     remedy = f"a smaller --data.batch, or --accumulate {recipe.accumulate * 2} or more"
+    if recipe.batch_per_rank is not None:
+        remedy = "smaller networks" if recipe.batch_per_rank == "auto" else "fewer --batch-per-rank"
     if case.device.type == "cuda":
         free = torch.cuda.mem_get_info(case.device)[0]
         return _compare("GPU memory", need, free, text, remedy)

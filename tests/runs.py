@@ -86,7 +86,11 @@ def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
 def kill_at(folder: Path, images: int, *arguments: str, ranks: int = 1) -> None:
     """Start a run that would go on, kill -9 all of it once it has a checkpoint at `images`, and
     drop the later checkpoints that it may have written until the kill struck."""
-    process = start(*arguments, ranks=ranks)
+    kill_once_at(folder, images, start(*arguments, ranks=ranks))
+
+
+def kill_once_at(folder: Path, images: int, process: subprocess.Popen) -> None:
+    """The same for a run that was started, in a process group of its own."""
     wait_for(folder / "checkpoints" / f"{images:09}" / checkpoint.INDEX, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

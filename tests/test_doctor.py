@@ -193,6 +193,12 @@ def test_a_batch_too_large_for_memory_fails():
     assert finding(round(0.9 * footprint.free_memory() / image)).status in (WARN, FAIL)
 
 
+@pytest.mark.parametrize(("given", "images"), [("16", 16), ("auto", 1), ("64", 64)])
+def test_memory_is_that_of_the_chosen_micro_batch(given, images):
+    found = only(needs.memory, case("--device", "cpu", "--batch-per-rank", given))
+    assert f"activations of {images} images" in found.text
+
+
 def test_memory_is_that_of_all_ranks_here_and_sharding_saves_some(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

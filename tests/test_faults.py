@@ -26,6 +26,7 @@ from tests.runs import (
     environment,
     final_state,
     run_folder,
+    start,
     toy,
     train,
     wait_for,
@@ -220,6 +221,21 @@ def test_two_commands_for_one_run_leave_the_first_unharmed(tmp_path):
     assert not differences(*map(final_state, folders))
     lines = (folders[1] / "stats.jsonl").read_text().splitlines()
     assert "resume" not in {json.loads(line).get("event") for line in lines}
+
+
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_killed_save_and_leave(tmp_path):
+    folder = tmp_path / NAME / "it" / "checkpoints"
+    agent = start(NAME, *flags(tmp_path, steps=100_000), ranks=2)
+    wait_for(folder / f"{2 * BATCH:09}" / checkpoint.INDEX, agent)
+    ranks = psutil.Process(agent.pid).children(recursive=True)
+    agent.kill()
+    agent.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    agent.stdout.close()
+    assert len(ranks) >= 2 and not alive
+    newest = checkpoint.newest_whole(folder, print)
+    assert int(newest.name) > 2 * BATCH
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

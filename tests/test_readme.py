@@ -192,6 +192,8 @@ def test_the_tests_that_readme_names_exist():
 
 @pytest.mark.slow
 def test_the_kernels_are_inspected(capfd):
-    done = subprocess.run([sys.executable, *shlex.split(INSPECT)[1:]], cwd=ROOT, timeout=600)
+    """One of them: tests/test_inspect.py has them all."""
+    command = [sys.executable, *shlex.split(INSPECT)[1:], "--only", "apply bf16"]
+    done = subprocess.run(command, cwd=ROOT, timeout=600)
     assert done.returncode == 0
     assert "0 beyond a limit" in capfd.readouterr().out

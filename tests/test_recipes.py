@@ -13,15 +13,15 @@ from engine.describe import cost
 from engine.precision import Precision
 from engine.train import main
 from pipelines.batch import Batch
+from tests.forked import Run, train
 from tests.runs import (
     QUICK,
     differences,
     final_state,
-    kill_at,
+    kill_once_at,
     newest_picture,
     run_folder,
     toy,
-    train,
 )
 
 NAMES = recipe.names()
@@ -86,7 +86,7 @@ def test_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
     common = [*flags, "--runs", str(tmp_path), "--run", "killed"]
     often = ["--checkpoint-every", str(BATCH / 1000), "--keep", "10000"]
     killed = tmp_path / name / "killed"
-    kill_at(killed, BATCH, name, *common, *often, "--steps", "3000")
+    kill_once_at(killed, BATCH, Run(name, *common, *often, "--steps", "3000"))
     train(name, *common, "--steps", str(STEPS))
     assert not differences(final_state(folder), final_state(killed))
     assert newest_picture(folder) == newest_picture(killed)

@@ -40,12 +40,10 @@ def every(steps: int) -> list[str]:
     [
         ("dcgan_mnist", "off", 1),
         ("vae_mnist", "off", 1),
-        pytest.param("dcgan_mnist", "required", 1, marks=pytest.mark.slow),
         ("vae_mnist", "required", 1),
         ("dcgan_mnist", "off", 2),
         pytest.param("vae_mnist", "off", 2, marks=pytest.mark.slow),
         pytest.param("dcgan_mnist", "required", 2, marks=pytest.mark.slow),
-        pytest.param("vae_mnist", "required", 2, marks=pytest.mark.slow),
     ],
 )
 def test_7_steps_kill_and_13_more_equal_20_unbroken(name, compiled, ranks, tmp_path):
