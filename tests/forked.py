@@ -44,6 +44,7 @@ def _run(arguments: tuple[str, ...], log: str, variables: dict[str, str]) -> Non
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    os.unlink(log)
     os.chdir(ROOT)
     os.environ.update(variables)
     sys.argv = ["engine.train", *arguments]
