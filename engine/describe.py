@@ -53,6 +53,7 @@ def cost(recipe: Recipe, classes: int = 0) -> Cost:
     """
     session = without_data(recipe, few_images(recipe), classes)
     images, period = session.clock.batch, recipe.step.period()
+    session.clock.seek(recipe.step.settles() * images)
     with session.rehearsing(), FlopCount() as count:
         for _ in range(period):
             session.step(example_batch(recipe, images))

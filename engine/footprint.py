@@ -114,8 +114,8 @@ def _peak(recipe: Recipe, classes: int, images: int) -> int:
     session = without_data(recipe, images, classes)
     peak = 0
     with session.rehearsing():
-        for turn in range(min(recipe.step.period(), 2)):  # both kinds of iteration
-            session.clock.seek(turn * session.clock.batch)
+        for iteration in recipe.step.kinds():
+            session.clock.seek(iteration * session.clock.batch)
             with LiveBytes() as live:
                 session.step(example_batch(session.recipe, session.clock.batch))
             peak = max(peak, live.peak)

@@ -43,8 +43,8 @@ class Session:
     def rehearse(self, batch: Batch) -> None:
         """Every kind of iteration once, on one batch; the clock stays."""
         began = self.clock.images
-        for i in range(min(self.recipe.step.period(), 2)):
-            self.clock.seek(i * self.clock.batch)
+        for iteration in self.recipe.step.kinds():
+            self.clock.seek(iteration * self.clock.batch)
             self.step(batch)
         self.clock.seek(began)
 

@@ -134,8 +134,16 @@ class Algorithm:
 
     def period(self) -> int:
         """Iterations after which the pattern of updates repeats (penalties of some iterations
-        only); the first two of them show all that is computed."""
+        only)."""
         return 1
+
+    def settles(self) -> int:
+        """The iteration from which on that is so."""
+        return 0
+
+    def kinds(self) -> tuple[int, ...]:
+        """Iterations that together show all that is computed."""
+        return tuple(range(min(self.period(), 2)))
 
     def second_order(self) -> bool:
         """Whether a loss holds a gradient of a network (a penalty)."""
@@ -169,6 +177,11 @@ class Algorithm:
     def held_out(self, networks: "Networks", batch: "Batch", key: Tensor) -> "Values":
         """Named figures per image (N,) on a held-out batch; empty where the family has none."""
         return {}
+
+    def summarise(self, values: "Values", labels_N: Tensor | None) -> dict[str, float]:
+        """Figures of a held-out set from what `held_out` gave for all of its images, (N,) float64
+        by name on the host, and their classes; here the means."""
+        return {name: float(value_N.mean()) for name, value_N in values.items()}
 
 
 @dataclass(frozen=True)

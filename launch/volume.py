@@ -158,6 +158,7 @@ def trace(name: str, recipe: Recipe, synchronised: bool = False) -> Work:
     live = without_data(recipe, few_images(recipe))
     images, period, count = live.clock.batch, recipe.step.period(), Count()
     tape = _Tape(live, count, images)
+    live.clock.seek(recipe.step.settles() * images)
     if synchronised:
         tape.watch_norms(live)
     with live.rehearsing(), count:

@@ -6,11 +6,12 @@ Shapes: N images, C channels, H height, W width.
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from engine.metrics.images import quantised
 from engine.metrics.pairs import Pairs
 from engine.metrics.protocol import HELD_OUT_IMAGES as IMAGES
-from engine.settings import Algorithm, Networks, Recipe
+from engine.settings import Algorithm, Networks, Recipe, Values
 from engine.world import Ranks
 from kernels import philox
 from pipelines.batch import Clock
@@ -18,6 +19,7 @@ from pipelines.datasets import NoSplit, find
 from pipelines.open import Pipeline, open_pipeline
 
 BATCH = 500
+LABELS = "labels"
 
 
 @dataclass
@@ -53,29 +55,41 @@ class HeldOut:
 
     @torch.no_grad()
     def figures(self, networks: Networks) -> dict[str, float]:
-        """Means per image over at most IMAGES images. Networks are in eval mode."""
+        """Over at most IMAGES images: what the family makes of its values per image, and the means
+        of how well it reconstructs. Networks are in eval mode."""
         step, clock = self.recipe.step, self.clock
         total = min(self.pipeline.images, IMAGES)
         key = philox.make_key(0, device=clock.device)
         if self.pairs:
             self.pairs.reset()
-        sums: dict[str, float] = {}
+        values: dict[str, list[Tensor]] = {}
         clock.seek(0)
         while clock.images < total:
             self.pipeline.ready(clock)
             batch = self.pipeline.batch(clock)
             take = int((batch.position_N < total).sum())
-            for name, value_N in step.held_out(networks, batch, key).items():
-                sums[name] = sums.get(name, 0.0) + float(value_N[:take].double().sum())
+            found = step.held_out(networks, batch, key)
+            if batch.labels_N is not None:
+                found = found | {LABELS: batch.labels_N}
+            for name, value_N in found.items():
+                values.setdefault(name, []).append(value_N[:take].cpu())
             if self.pairs and take:
                 goal_NCHW = batch.images_NCHW[:take]
                 self.pairs.add(
                     quantised(step.reconstruct(networks, goal_NCHW)), quantised(goal_NCHW)
                 )
             clock.advance()
-        sums |= self.pairs.sums if self.pairs else {}
-        totals = self.ranks.gather(sums)
-        return {name: sum(part[name] for part in totals) / total for name in sums}
+        return self._summary({name: torch.cat(parts) for name, parts in values.items()}, total)
+
+    def _summary(self, own: Values, total: int) -> dict[str, float]:
+        """Of the values of all ranks."""
+        parts = self.ranks.gather((own, self.pairs.sums if self.pairs else {}))
+        whole = {name: torch.cat([values[name] for values, _ in parts]) for name in own}
+        labels_N = whole.pop(LABELS, None)
+        doubles = {name: value_N.double() for name, value_N in whole.items()}
+        figures = self.recipe.step.summarise(doubles, labels_N) if doubles else {}
+        sums = [sums for _, sums in parts]
+        return figures | {k: sum(part[k] for part in sums) / total for k in sums[0]}
 
     def close(self) -> None:
         """Let go of the images."""
