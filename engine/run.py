@@ -129,6 +129,14 @@ def device_name(device: torch.device) -> str:
     return f"CPU {model}, {torch.get_num_threads()} threads"
 
 
+def _holder(folder: Path) -> str:
+    """Which process says that it trains there."""
+    with contextlib.suppress(OSError):
+        if text := (folder / ".lock").read_text().strip():
+            return f" ({text})"
+    return ""
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
     """Hold the run directory against a second process; whether it could be locked. Raises RunError
@@ -140,7 +148,7 @@ def locked(folder: Path) -> Iterator[bool]:
     at all (Lustre mounted with neither): that is no reason not to train.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -148,6 +156,10 @@ def locked(folder: Path) -> Iterator[bool]:
                 yield False
                 return
             raise RunError(
-                f"{folder} is being trained by another process; use --run-name NAME"
+                f"{folder} is being trained by another process{_holder(folder)}; "
+                "use --run-name NAME"
             ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
         yield True

@@ -27,15 +27,15 @@ def settled(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe, precision: Precision, world_size: int) -> None:
     """Raise ValueError, naming the nearest way that is supported, for what cannot be shared so."""
     way = recipe.parallel
-    if world_size == 1 or way == "ddp":
-        return
-    if way.startswith("deepspeed") and (obstacle := missing()):
-        raise ValueError(f"--parallel {way}: {obstacle}")
     if way == "deepspeed-zero3" and recipe.step.second_order():
         raise ValueError(
             "--parallel deepspeed-zero3 cannot differentiate twice, as a gradient penalty does "
             "(the parameters are let go of in between): use --parallel deepspeed-zero2 or fsdp2"
         )
+    if world_size == 1 or way == "ddp":
+        return
+    if way.startswith("deepspeed") and (obstacle := missing()):
+        raise ValueError(f"--parallel {way}: {obstacle}")
     if precision.name == "fp16":
         raise ValueError(
             f"--parallel {way} has no loss scaling for --precision fp16: use --precision bf16, or "
@@ -78,7 +78,7 @@ def choose_sync_bn(recipe: Recipe, world_size: int) -> tuple[bool, str]:
 @lru_cache
 def with_norms(recipe: Recipe) -> tuple[str, ...]:
     """The players whose networks have a BatchNorm, which sees the batch."""
-    kind, spec = nn.modules.batchnorm._BatchNorm, image_spec(recipe, classes=10)  # any number does
+    kind, spec = nn.modules.batchnorm._BatchNorm, image_spec(recipe)
     with torch.device("meta"):
         networks = {n: s.network.build(spec) for n, s in recipe.step.players().items()}
     return tuple(

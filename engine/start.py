@@ -267,10 +267,7 @@ def _as_shared(
 
 def _resume(live: Session, folder: Path, facts: dict[str, Any], display: Display) -> bool:
     """Load the newest whole checkpoint, if there is one."""
-    newest = None
-    if live.ranks.rank == 0:
-        newest = checkpoint.newest_whole(folder / "checkpoints", display.warn, set_aside=True)
-    newest = live.ranks.share(newest)
+    newest = _agree(live.ranks, lambda: _newest(folder / "checkpoints", display))
     if newest is None:
         return False
     loaded = Loaded(newest, live.ranks.rank)
@@ -286,6 +283,19 @@ def _resume(live: Session, folder: Path, facts: dict[str, Any], display: Display
         text += f", trained on {then} rank(s) until there, now on {live.ranks.world_size}"
     display.line(text)
     return True
+
+
+def _newest(checkpoints: Path, display: Display) -> Path | None:
+    """The newest whole checkpoint, None where there never was one. A run whose checkpoints are all
+    damaged does not begin again by itself: that would overwrite what is left of it."""
+    newest = checkpoint.newest_whole(checkpoints, display.warn, set_aside=True)
+    damaged = sorted(checkpoints.glob("*.damaged*")) if newest is None else []
+    if damaged:
+        raise run.RunError(
+            f"no checkpoint in {checkpoints} is whole: put back the files of one "
+            f"({damaged[-1].name} is the newest, without `.damaged`), or begin anew with --fresh"
+        )
+    return newest
 
 
 def _introduction(resolved: dict[str, Any], ranks: Ranks, dataset: Dataset) -> list[str]:

@@ -8,6 +8,7 @@ bucket of gradients is reduced as soon as the backward pass has made its last on
 costs nothing, all GPUs are equally fast, and reductions do not slow computation beside them.
 """
 
+import io
 import json
 import math
 import sys
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from engine import recipe as recipes
 from engine.sharing import choose_sync_bn
+from engine.whole import check_place, write_whole
 from launch.links import H100, Cluster, all_gather, all_reduce
 from launch.volume import Update, Work, trace
 
@@ -145,21 +148,36 @@ def _predicted(question: Question, work: Work, scaling: str, gpus: int, batch: i
 
 
 def show(console: Console, question: Question, found: Sequence[Prediction]) -> None:
-    """Print a table of the predictions."""
-    table = Table(title=f"predicted on {H100.name}", title_justify="left")
-    columns = "recipe", "scaling", "GPUs", "batch each", "compute ms", "hidden ms", "exposed ms"
-    for i, column in enumerate((*columns, "exposed", "images/s", "efficiency")):
-        table.add_column(column, justify="left" if i < 2 else "right")
+    """Print a table of the predictions for each recipe."""
+    for name in dict.fromkeys(p.recipe for p in found):
+        console.print(_table(name, [p for p in found if p.recipe == name]))
+        asked = {p.gpus for p in found if p.scaling == "strong" and p.recipe == name}
+        if missing := [str(gpus) for gpus in question.gpus if gpus not in asked]:
+            batch = recipes.load(name).data.batch
+            console.print(
+                f"strong scaling: the batch of {batch} does not divide over {', '.join(missing)} "
+                "GPUs\n"
+            )
+    console.print(basis(question))
+
+
+def _table(name: str, found: Sequence[Prediction]) -> Table:
+    table = Table(title=f"{name}, predicted on {H100.name}", title_justify="left", box=box.SIMPLE)
+    times, rest = (
+        ("compute\nms", "hidden\nms", "exposed\nms"),
+        ("exposed", "images/s", "efficiency"),
+    )
+    for i, column in enumerate(("scaling", "GPUs", "batch\neach", *times, *rest)):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for before, p in zip((None, *found), found, strict=False):
-        new = before is None or (before.recipe, before.scaling) != (p.recipe, p.scaling)
+        new = before is None or before.scaling != p.scaling
         if new and before:
             table.add_section()
-        times = (f"{1e3 * s:.3f}" for s in (p.compute_s, p.hidden_s, p.exposed_s))
-        name = (p.recipe, p.scaling) if new else ("", "")
+        seconds = (f"{1e3 * s:.3f}" for s in (p.compute_s, p.hidden_s, p.exposed_s))
         shares = f"{p.exposed_share:.1%}", f"{p.images_per_s:,.0f}", f"{p.efficiency:.1%}"
-        table.add_row(*name, str(p.gpus), str(p.batch), *times, *shares)
-    console.print(table)
-    console.print(basis(question))
+        row = (p.scaling if new else "", str(p.gpus), str(p.batch))
+        table.add_row(*row, *seconds, *shares)
+    return table
 
 
 def basis(question: Question) -> str:
@@ -193,7 +211,9 @@ def plot(path: Path, question: Question, found: Sequence[Prediction]) -> None:
     figure.axes[0].set_ylabel("predicted efficiency")
     figure.axes[0].legend(fontsize=8)
     figure.supxlabel(basis(question), fontsize=6)
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    write_whole(path, picture.getvalue())
 
 
 def check(question: Question) -> tuple[str, ...]:
@@ -205,8 +225,13 @@ def check(question: Question) -> tuple[str, ...]:
         value = getattr(question, flag)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{flag.replace('_', '-')} {value} must be positive")
-    if question.share > 1 or not question.gpus or min(question.gpus) < 1:
-        raise ValueError("--share is at most 1, and --gpus are numbers from 1 on")
+    if question.share > 1:
+        raise ValueError(f"--share {question.share} must be at most 1")
+    if not question.gpus or min(question.gpus) < 1:
+        raise ValueError("--gpus are numbers from 1 on: give at least one")
+    for path in (question.plot, question.json):
+        if path:
+            check_place(path)
     return names
 
 
@@ -217,16 +242,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         found = [p for name in check(question) for p in answer(question, name)]
-        show(Console(), question, found)
+        show(Console(width=None if sys.stdout.isatty() else 120), question, found)
         if question.plot:
             plot(question.plot, question, found)
-    except ValueError as error:
+        if question.json:
+            rows = [asdict(p) | {"exposed_share": p.exposed_share} for p in found]
+            content = {"basis": basis(question), "predictions": rows}
+            write_whole(question.json, f"{json.dumps(content, indent=1)}\n".encode())
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if question.json:
-        rows = [asdict(p) | {"exposed_share": p.exposed_share} for p in found]
-        content = {"basis": basis(question), "predictions": rows}
-        question.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 

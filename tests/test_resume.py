@@ -146,6 +146,17 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(finished):
     assert (folder / "checkpoints" / f"{newest.name}.damaged").exists()
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again_over_what_is_left(finished):
+    flags, folder = finished
+    for path in checkpoint.listing(folder / "checkpoints"):
+        (path / checkpoint.SHARED).write_bytes(b"torn")
+    before = (folder / "stats.jsonl").read_bytes()
+    for _ in range(2):  # the first has set them aside
+        output = train("dcgan_digits", *flags, "--steps", "6", code=1)
+        assert "is whole: put back" in output and "--fresh" in output and "Traceback" not in output
+    assert (folder / "stats.jsonl").read_bytes() == before
+
+
 def test_stats_of_steps_that_are_done_again_are_replaced(finished):
     flags, folder = finished
     for part in (last := checkpoint.listing(folder / "checkpoints")[0]).iterdir():
