@@ -5,7 +5,7 @@ import json
 from collections.abc import Container
 from dataclasses import asdict, dataclass
 
-HELD_OUT = ("elbo", "reconstruction", "kl", "bits_per_dim", "psnr", "ssim", "lpips")
+HELD_OUT = ("elbo", "nll", "reconstruction", "kl", "bits_per_dim", "psnr", "ssim", "lpips")
 """Figures of `engine.metrics.held_out`, which have images of their own."""
 HELD_OUT_IMAGES = 10_000
 

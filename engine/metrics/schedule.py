@@ -16,7 +16,7 @@ from engine.metrics.evaluator import Evaluation, Evaluator
 from engine.session import Session
 from engine.stats import forget_after
 
-RANKED = (("fid", -1), ("elbo", 1), ("psnr", 1))
+RANKED = (("fid", -1), ("elbo", 1), ("nll", -1), ("psnr", 1))
 """Figures by which checkpoints are ranked, the first that there is; -1 where lower is better."""
 
 

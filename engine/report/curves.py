@@ -31,7 +31,7 @@ class Group(NamedTuple):
     suffix: str
 
 
-LOWER = ("fid", "kid", "lpips", "bits_per_dim", "reconstruction")
+LOWER = ("fid", "kid", "lpips", "nll", "bits_per_dim", "reconstruction")
 HIGHER = ("inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "elbo")
 
 
@@ -153,7 +153,7 @@ def label_of(key: str, group: Group) -> str:
 
 def figure_name(name: str) -> str:
     """What people call a metric."""
-    short = ("fid", "kid", "psnr", "ssim", "lpips", "elbo", "kl")
+    short = ("fid", "kid", "psnr", "ssim", "lpips", "elbo", "nll", "kl")
     return name.upper() if name in short else name.replace("_", " ").capitalize()
 
 
