@@ -56,6 +56,9 @@ class Exported(Model):
     def latent_dim(self) -> int:
         return self.config["inputs"][0]["shape"][1]
 
+    def classes(self) -> int:
+        return self.config["inputs"][0].get("classes", 0)
+
     def forward(self, z_NL: Tensor) -> Tensor:
         return self.run(z_NL)
 
@@ -224,7 +227,7 @@ def onnx_session(file: Path) -> Any:
 
 
 def _compare_source(config: dict[str, Any], file: Path, warn: Callable[[str], None]) -> None:
-    files = source.bundle(config["network"]["module"])
+    files = source.bundle(source.modules(config["network"]))
     if source.digest(files) != config["network"]["source_sha256"]:
         warn(
             f"the networks of {file} were of another version than this engine's: where images "

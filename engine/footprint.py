@@ -96,11 +96,12 @@ def state_bytes(recipe: Recipe, classes: int = 0) -> dict[str, State]:
 
 def _state(player: Player) -> State:
     trained = _bytes(player.parameters)
+    moments = [m for p in player.parameters for m in player.optimizer.fresh(p).values()]
     average = player.average.network.state_dict().values() if player.average else ()
     return State(
         parameters=_bytes(player.network.state_dict().values()),
         gradients=trained,
-        optimizer=2 * trained + 4 * len(player.parameters),  # Adam: two moments, a count each
+        optimizer=_bytes(moments),
         average=_bytes(average),
     )
 

@@ -3,6 +3,8 @@
 Shapes: N batch, L latent.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +20,48 @@ def discriminator_loss(real_N: Tensor, fake_N: Tensor) -> Tensor:
 def nonsaturating_loss(fake_N: Tensor) -> Tensor:
     """-E[log D(G(z))] from logits, () (Goodfellow et al. 2014, section 3, end)."""
     return gan_bce.generator(fake_N)
+
+
+def minimax_loss(fake_N: Tensor) -> Tensor:
+    """E[log(1 - D(G(z)))] from logits, () (Goodfellow et al. 2014, equation 1)."""
+    return -F.softplus(fake_N.float()).mean()
+
+
+def hinge_discriminator_loss(real_N: Tensor, fake_N: Tensor) -> Tensor:
+    """E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))], () (Miyato et al. 2018, equation 16)."""
+    return F.relu(1 - real_N.float()).mean() + F.relu(1 + fake_N.float()).mean()
+
+
+def critic_generator_loss(fake_N: Tensor) -> Tensor:
+    """-E[D(G(z))], (): of the hinge loss (Miyato et al. 2018, equation 17) and of Wasserstein's
+    (Arjovsky et al. 2017, algorithm 1, line 11)."""
+    return -fake_N.float().mean()
+
+
+def wasserstein_critic_loss(real_N: Tensor, fake_N: Tensor) -> Tensor:
+    """-(E[f(x)] - E[f(G(z))]), () (Arjovsky et al. 2017, equation 3 and algorithm 1, line 5)."""
+    return fake_N.float().mean() - real_N.float().mean()
+
+
+def least_squares_discriminator_loss(real_N: Tensor, fake_N: Tensor) -> Tensor:
+    """1/2 E[(D(x) - 1)^2] + 1/2 E[D(G(z))^2], () (Mao et al. 2017, equation 9)."""
+    return 0.5 * ((real_N.float() - 1).square().mean() + fake_N.float().square().mean())
+
+
+def least_squares_generator_loss(fake_N: Tensor) -> Tensor:
+    """1/2 E[(D(G(z)) - 1)^2], () (Mao et al. 2017, equation 9)."""
+    return 0.5 * (fake_N.float() - 1).square().mean()
+
+
+ADVERSARIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "nonsaturating": (discriminator_loss, nonsaturating_loss),
+    "minimax": (discriminator_loss, minimax_loss),
+    "hinge": (hinge_discriminator_loss, critic_generator_loss),
+    "least-squares": (least_squares_discriminator_loss, least_squares_generator_loss),
+    "wasserstein": (wasserstein_critic_loss, critic_generator_loss),
+}
+"""By name: the loss of the discriminator, (real_N, fake_N) -> (), and of the generator,
+(fake_N) -> (), from the discriminator's outputs."""
 
 
 def sample_and_kl(

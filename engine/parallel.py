@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.optimizer import GuardedAdam
+from engine.optimizer import Guarded
 from engine.world import Ranks
 
 
@@ -66,13 +66,13 @@ class Alone:
     def __init__(self, network: nn.Module, ranks: Ranks) -> None:
         self.network, self.ranks = network, ranks
         self.root: Callable = Root(network)
-        self.optimizer: GuardedAdam
+        self.optimizer: Guarded
 
     def trained(self) -> list[Tensor]:
         """What the optimizer is to step."""
         return [p for p in self.network.parameters() if p.requires_grad]
 
-    def engage(self, optimizer: GuardedAdam, accumulate: int) -> None:
+    def engage(self, optimizer: Guarded, accumulate: int) -> None:
         """Take the optimizer, made for `trained()`."""
         self.optimizer = optimizer
 
@@ -128,11 +128,14 @@ class Alone:
     def make_moments(self) -> None:
         """Make the optimizer's state as before a first step, for a checkpoint to be put into."""
         for p in self._stepped():
-            self.optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+            self.optimizer.state[p] = self.optimizer.fresh(p)
+
+    @torch.no_grad()
+    def clamp(self, bound: float) -> None:
+        """Clip every trained value to [-bound, bound]."""
+        stepped = self._stepped()
+        torch._foreach_clamp_min_(stepped, -bound)
+        torch._foreach_clamp_max_(stepped, bound)
 
     def _stepped(self) -> list[Tensor]:
         """What the optimizer steps."""

@@ -15,24 +15,25 @@ from kernels.batchnorm_module import plain
 from kernels.dispatch import wide
 
 
-def input_gradient(critic: nn.Module, x_NCHW: Tensor) -> Tensor:
-    """d sum(critic(x)) / dx, (N, C, H, W), at least float32; no running statistics move."""
+def input_gradient(critic: nn.Module, x_NCHW: Tensor, *given: Tensor) -> Tensor:
+    """d sum(critic(x, *given)) / dx, (N, C, H, W), at least float32; no running statistics move.
+    given: the classes (N,) for a critic that sees them."""
     with statistics_kept(critic), plain(critic):
-        return wide(torch.func.grad(lambda x: wide(critic(x)).sum())(x_NCHW.detach()))
+        return wide(torch.func.grad(lambda x: wide(critic(x, *given)).sum())(x_NCHW.detach()))
 
 
-def r1_penalty(critic: nn.Module, images_NCHW: Tensor) -> Tensor:
+def r1_penalty(critic: nn.Module, images_NCHW: Tensor, *given: Tensor) -> Tensor:
     """E[||grad D(x)||^2], (): on real images R1 without its gamma / 2, on fake ones R2 (Mescheder,
     Geiger and Nowozin 2018, equations 9 and 10)."""
-    return input_gradient(critic, images_NCHW).square().sum((1, 2, 3)).mean()
+    return input_gradient(critic, images_NCHW, *given).square().sum((1, 2, 3)).mean()
 
 
 def gradient_penalty(
-    critic: nn.Module, real_NCHW: Tensor, fake_NCHW: Tensor, alpha_N: Tensor
+    critic: nn.Module, real_NCHW: Tensor, fake_NCHW: Tensor, alpha_N: Tensor, *given: Tensor
 ) -> Tensor:
     """E[(||grad D(x)|| - 1)^2], (), at x = alpha real + (1 - alpha) fake (Gulrajani et al. 2017,
     equation 3, without its lambda); alpha_N from U[0, 1], one per image."""
     fake_NCHW = fake_NCHW.detach().to(real_NCHW)
     mixed_NCHW = torch.lerp(fake_NCHW, real_NCHW, alpha_N.to(real_NCHW)[:, None, None, None])
-    norm_N = input_gradient(critic, mixed_NCHW).flatten(1).norm(dim=1)
+    norm_N = input_gradient(critic, mixed_NCHW, *given).flatten(1).norm(dim=1)
     return (norm_N - 1).square().mean()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from engine.compile import Compiler
 from engine.ema import Average, ShardedAverage
-from engine.optimizer import GuardedAdam
+from engine.optimizer import make_optimizer
 from engine.parallel import share
 from engine.precision import Precision
-from engine.settings import Adam, PlayerSettings, Values
+from engine.settings import Optimizer, PlayerSettings, Values
 from engine.world import Ranks
 from pipelines.batch import Clock
 
@@ -54,19 +54,14 @@ class Player:
         self.bad_losses = torch.zeros((), device=clock.device)
         self.bad_gradients = torch.zeros((), device=clock.device)
         self.rehearsing = False
+        self.stride = 1  # iterations from one update to the next, for the average
         self._gathered: nn.Module | None = None
 
     def _attach_optimizer(self, settings: PlayerSettings) -> None:
         real = self.clock.device.type != "meta"
-        self.optimizer = GuardedAdam(
-            self.parameters,
-            lr=self.lr if real else settings.optimizer.lr,
-            betas=settings.optimizer.betas,
-            eps=settings.optimizer.eps,
-            fused=real,
-            clip=settings.clip,
-            spread=self.shared.spread,
-        )
+        lr = self.lr if real else settings.optimizer.lr
+        self.optimizer = make_optimizer(settings.optimizer, self.parameters, lr, fused=real)
+        self.optimizer.clip, self.optimizer.spread = settings.clip, self.shared.spread
         self.shared.engage(self.optimizer, self.accumulate)
 
     @property
@@ -123,6 +118,11 @@ class Player:
         names = (*values, "grad_norm")
         return {f"{self.name}/{n}": v for n, v in zip(names, (*sums, norm), strict=True)}
 
+    def clip_weights(self, bound: float) -> None:
+        """Clip every parameter to [-bound, bound]."""
+        if not self.rehearsing:
+            self.shared.clamp(bound)
+
     def _micro_update(self, loss_fn: Callable, part: tuple, parts: int, last: bool) -> Values:
         """Forward and backward of one micro-batch of so many; the loss and the values."""
         if self.rehearsing:
@@ -167,7 +167,7 @@ class Player:
         if not self.scaler:  # an overflowing gradient is the scaler's daily work, not a failure
             self.bad_gradients += (~norm.isfinite()).float()
         if self.average:
-            self.average.follow(self.clock.device_images, self.clock.batch)
+            self.average.follow(self.clock.device_images, self.clock.batch * self.stride)
         return norm
 
     def _set_learning_rate(self) -> None:
@@ -178,16 +178,18 @@ class Player:
             self.lr.copy_(self.settings.optimizer.lr * factor)
 
 
-def learning_rate_factor(adam: Adam, device_images: Tensor, total_images: int) -> Tensor | None:
+def learning_rate_factor(
+    settings: Optimizer, device_images: Tensor, total_images: int
+) -> Tensor | None:
     """Share of the base learning rate after `device_images` (int64 ()), or None where constant."""
-    if not adam.warmup_kimg and not adam.decay_kimg:
+    if not settings.warmup_kimg and not settings.decay_kimg:
         return None
     images = device_images.float()
     factor = torch.ones_like(images)
-    if adam.warmup_kimg:
-        factor = torch.clamp((images + 1) / (adam.warmup_kimg * 1000), max=1.0)
-    if adam.decay_kimg:
-        left = (total_images - images) / min(adam.decay_kimg * 1000, total_images / 2)
+    if settings.warmup_kimg:
+        factor = torch.clamp((images + 1) / (settings.warmup_kimg * 1000), max=1.0)
+    if settings.decay_kimg:
+        left = (total_images - images) / min(settings.decay_kimg * 1000, total_images / 2)
         factor = factor * torch.clamp(left, min=0.0, max=1.0)
     return factor
 

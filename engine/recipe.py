@@ -130,10 +130,14 @@ def _check_batch_per_rank(recipe: Recipe, world_size: int) -> None:
     images, batch = recipe.batch_per_rank, recipe.data.batch
     if recipe.accumulate != 1:
         raise ValueError("give --batch-per-rank or --accumulate, not both")
-    if images != "auto" and (images < 1 or batch % (images * world_size)):
+    if images != "auto" and images < 1:
+        raise ValueError(f"--batch-per-rank {images} must be at least 1")
+    if images != "auto" and batch % (images * world_size):
+        own = batch // world_size
+        near = next((n for n in range(min(images, own), 0, -1) if batch % (n * world_size) == 0), 1)
         raise ValueError(
-            f"--batch-per-rank {images}: {world_size} ranks do not make up data.batch={batch} in "
-            "whole micro-batches; give one that does, or auto"
+            f"--batch-per-rank {images} on {world_size} rank(s) does not make up "
+            f"data.batch={batch} in whole micro-batches; try {near}, or auto"
         )
 
 
@@ -160,13 +164,15 @@ def _check_player(name: str, player: PlayerSettings) -> None:
     for f in fields(player.network):
         value = getattr(player.network, f.name)
         sizes = value if isinstance(value, tuple) else (value,)
-        if any(type(v) is int and v < 1 for v in sizes):
+        if any(type(v) is int and v < (f.name != "classes") for v in sizes):
             raise ValueError(f"--{name}.{f.name} {value} is no size: give at least 1")
-    adam = player.optimizer
-    if not adam.lr > 0:
-        raise ValueError(f"--{name}.lr {adam.lr} must be positive")
-    if not all(0 <= beta < 1 for beta in adam.betas):
-        raise ValueError(f"--{name}.betas {adam.betas} must be at least 0 and below 1")
+    optimizer = player.optimizer
+    if not optimizer.lr > 0:
+        raise ValueError(f"--{name}.lr {optimizer.lr} must be positive")
+    for rates in ("betas", "alpha"):
+        given = getattr(optimizer, rates, 0.0)
+        if not all(0 <= rate < 1 for rate in (given if isinstance(given, tuple) else (given,))):
+            raise ValueError(f"--{name}.{rates} {given} must be at least 0 and below 1")
 
 
 def _check_outputs(recipe: Recipe) -> None:

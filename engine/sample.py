@@ -10,6 +10,7 @@ checkpoint and seed as metadata.
     python -m engine.sample RUN_DIR --interpolate --out walk.png      (and walk.gif)
     python -m engine.sample RUN_DIR --reconstruct                     (autoencoders)
     python -m engine.sample RUN_DIR --traverse                        (one row per latent)
+    python -m engine.sample RUN_DIR --class 7      (--by-class: a row of each; conditional models)
 
 Shapes: N images, C channels, H height, W width, L latent.
 """
@@ -87,6 +88,10 @@ class Command:
     """For autoencoders: rows of held-out images, each over its reconstruction."""
     traverse: bool = False
     """One latent per row, from -3 to 3; an autoencoder's most active latents (by KL) first."""
+    label: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Number of the class of all samples, for models that are given one."""
+    by_class: bool = False
+    """A row of samples for each class; --num (8) is the number in a row."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
     checkpoint: int | Literal["best"] | None = None
@@ -113,11 +118,11 @@ def dataset_images(trained: Trained, data: Data, seed: int, count: int) -> tuple
 
 def draw_samples(command: Command, model: Model) -> None:
     """A grid, single files, or both."""
-    count, first, kept = command.num or 64, 0, []
+    (count, label_N), first, kept = which_samples(command, model), 0, []
     origin = model.origin(command.seed)
     if command.out:
         check_size(model, count, "--num")
-    for images_NCHW in model.samples(command.seed, count, command.batch):
+    for images_NCHW in model.samples(command.seed, count, command.batch, label_N):
         if command.each:
             _save_each(images_NCHW, command.each, first, origin)
         if command.out:
@@ -126,7 +131,29 @@ def draw_samples(command: Command, model: Model) -> None:
     if command.each:
         say(f"wrote {count:,} images to {command.each}")
     if command.out:
-        _write(pictures.grid(torch.cat(kept)), command.out, f"{count} samples", origin)
+        columns = count // model.classes() if command.by_class else None
+        _write(pictures.grid(torch.cat(kept), columns), command.out, f"{count} samples", origin)
+
+
+def which_samples(command: Command, model: Model) -> tuple[int, Tensor | None]:
+    """How many samples, and their classes (N,) where those are not the seed's choice.
+
+    Raises ValueError for a class that the model does not know.
+    """
+    classes = model.classes()
+    if command.label is None and not command.by_class:
+        return command.num or 64, None
+    if not classes:
+        raise ValueError(
+            f"--class and --by-class: {model.name} is given no classes; leave them out"
+        )
+    if command.by_class:
+        each = command.num or 8
+        return classes * each, torch.arange(classes).repeat_interleave(each)
+    if not 0 <= command.label < classes:
+        raise ValueError(f"--class {command.label}: {model.name} knows 0 to {classes - 1}")
+    count = command.num or 64
+    return count, torch.full((count,), command.label)
 
 
 def check_size(model: Model, count: int, flags: str) -> None:
@@ -221,6 +248,10 @@ def choose(command: Command) -> tuple[Draw, str]:
     asked = [kind for kind in KINDS if getattr(command, kind)]
     if len(asked) > 1:
         raise ValueError(f"give one of --{' and --'.join(asked)}, not both")
+    if asked and (command.label is not None or command.by_class):
+        raise ValueError(f"--class and --by-class are for samples: leave --{asked[0]} out")
+    if command.label is not None and command.by_class:
+        raise ValueError("give one of --class and --by-class, not both")
     if command.each and asked:
         raise ValueError(f"--each writes samples: leave either it or --{asked[0]} out")
     least = 2 if command.interpolate else 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.compile import Compiler
+from engine.networks.spectral import spectral_norm
 from engine.player import Player
 from engine.precision import Precision
 from engine.recipe import image_spec
@@ -78,7 +79,8 @@ def build_networks(recipe: Recipe, classes: int = 0) -> Networks:
     with torch.random.fork_rng(devices=[]):
         for i, (name, settings) in enumerate(recipe.step.players().items()):
             torch.manual_seed(recipe.seed * 1000 + i)
-            networks[name] = settings.network.build(image_spec(recipe, classes))
+            network = settings.network.build(image_spec(recipe, classes))
+            networks[name] = spectral_norm(network) if settings.spectral_norm else network
     return networks
 
 

@@ -25,13 +25,11 @@ Inline = tyro.conf.arg(name="")  # the part's fields become flags without the pa
 
 
 @dataclass(frozen=True)
-class Adam:
-    """Adam (Kingma and Ba 2015) with a learning rate that may warm up and decay, in images."""
+class Optimizer:
+    """What moves a player's parameters; the learning rate may warm up and decay, in images."""
 
     lr: float = 2e-4
     """Learning rate."""
-    betas: tuple[float, float] = (0.5, 0.999)
-    """Decay rates of the first and second moments."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     warmup_kimg: float = 0.0
@@ -42,11 +40,31 @@ class Adam:
 
 
 @dataclass(frozen=True)
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015)."""
+
+    betas: tuple[float, float] = (0.5, 0.999)
+    """Decay rates of the first and second moments."""
+
+
+@dataclass(frozen=True)
+class RMSprop(Optimizer):
+    """RMSprop (Tieleman and Hinton 2012), without momentum."""
+
+    lr: float = 5e-5
+    """Learning rate."""
+    alpha: float = 0.99
+    """Decay rate of the second moment."""
+
+
+@dataclass(frozen=True)
 class PlayerSettings:
     """The networks that one optimizer updates together."""
 
     network: Annotated[Network, Inline]
-    optimizer: Annotated[Adam, Inline] = Adam()
+    optimizer: Annotated[Optimizer, Inline] = Adam()
+    spectral_norm: bool = False
+    """Divide the weights of every layer by their largest singular value (Miyato et al. 2018)."""
     ema_kimg: float = 0.0
     """Half-life of the moving average of the weights, in thousands of images; 0 keeps none."""
     clip: float = 0.0
@@ -151,6 +169,11 @@ class Algorithm:
 
     def check(self) -> None:
         """Raise ValueError, naming flag and remedy, for values that cannot be trained with."""
+
+    def classes(self) -> int:
+        """Classes that the sampler is given: by the largest of the last so many numbers of the
+        latent vector. 0 where it is given none."""
+        return 0
 
     def latent_dim(self) -> int:
         """Length of the latent vector."""

@@ -13,6 +13,7 @@ from engine.latents import between_pairs
 from engine.metrics.held_out import HeldOut
 from engine.monitors import pairwise_distance
 from engine.neighbours import Found, Neighbours
+from engine.networks.conditional import with_classes
 from engine.origin import Origin
 from engine.originals import UNUSABLE, originals, rows_over_rows
 from engine.session import Session
@@ -67,7 +68,8 @@ class Snapshots:
         """The grid, the samples' nearest training images, and what monitors say of both."""
         images_NCHW = generate(self.session, self.session.recipe.outputs.samples)
         name = f"samples/{self.session.clock.images:09}.png"
-        pictures.save(pictures.grid(images_NCHW), self.folder / name, self._origin())
+        picture = pictures.grid(images_NCHW, columns_by_class(self.session, len(images_NCHW)))
+        pictures.save(picture, self.folder / name, self._origin())
         figures = {}
         if len(images_NCHW) > 1 and len(self.reals_NCHW) > 1:
             distance = pairwise_distance(images_NCHW) / pairwise_distance(self.reals_NCHW)
@@ -143,8 +145,18 @@ def evaluating(session: Session) -> Iterator[None]:
 
 def generate(session: Session, count: int) -> Tensor:
     """Images from the run's fixed latents, (count, C, H, W) in [-1, 1], on the host."""
-    z_NL = fixed_latents(session, count)
+    z_NL, classes = fixed_latents(session, count), session.recipe.step.classes()
+    if columns := columns_by_class(session, count):
+        label_N = (torch.arange(count, device=z_NL.device) // columns).clamp(max=classes - 1)
+        z_NL = with_classes(z_NL, label_N, classes)
     return session.recipe.step.decode(session.samplers(), z_NL).cpu()
+
+
+def columns_by_class(session: Session, count: int) -> int | None:
+    """Images in a row of the grid where every class has one; None where there are no classes, or
+    too many for a row each."""
+    classes = session.recipe.step.classes()
+    return count // classes if classes and 2 * classes <= count else None
 
 
 def fixed_latents(session: Session, count: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint
+from engine.networks.conditional import with_classes
 from engine.origin import Origin
 from engine.run import RunError, read_recipe
 from engine.session import build_networks
@@ -56,6 +57,10 @@ class Model:
         """Length of the latent vector."""
         raise NotImplementedError
 
+    def classes(self) -> int:
+        """Classes that the last numbers of the latent vector choose from; 0 where they do not."""
+        raise NotImplementedError
+
     def forward(self, z_NL: Tensor) -> Tensor:
         """Images (N, C, H, W) in [-1, 1] of latents that are on the model's device."""
         raise NotImplementedError
@@ -82,11 +87,17 @@ class Model:
                 images_NCHW = self.forward(full_NL)
             yield images_NCHW[: len(part_NL)].cpu()
 
-    def samples(self, seed: int, count: int, batch: int) -> Iterator[Tensor]:
-        """The first `count` images of a seed, batch by batch."""
+    def samples(
+        self, seed: int, count: int, batch: int, label_N: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The first `count` images of a seed, batch by batch; of these classes (int64 (count,))
+        where they are given, else of those that the seed chooses."""
         for first in range(0, count, batch):
             position_N = torch.arange(first, min(first + batch, count))
-            yield from self.decode(self.latents(seed, position_N), batch)
+            z_NL = self.latents(seed, position_N)
+            if label_N is not None:
+                z_NL = with_classes(z_NL, label_N[position_N].to(z_NL.device), self.classes())
+            yield from self.decode(z_NL, batch)
 
     def origin(self, seed: int, composite: bool = False) -> Origin:
         """What pictures made with it say of where they come from."""
@@ -112,6 +123,9 @@ class Trained(Model):
 
     def latent_dim(self) -> int:
         return self.recipe.step.latent_dim()
+
+    def classes(self) -> int:
+        return self.recipe.step.classes()
 
     def forward(self, z_NL: Tensor) -> Tensor:
         return self.recipe.step.decode(self.networks, z_NL)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.optimizer import GuardedAdam
+from engine.optimizer import Guarded
 from engine.parallel import Alone, Piece, Root, State
 from engine.world import Ranks
 
@@ -41,7 +41,7 @@ class Zero(Alone):
         super().__init__(network, ranks)
         self._named = {n: p for n, p in network.named_parameters() if p.requires_grad}
 
-    def engage(self, optimizer: GuardedAdam, accumulate: int) -> None:
+    def engage(self, optimizer: Guarded, accumulate: int) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
@@ -87,6 +87,13 @@ class Zero(Alone):
                 part = value if key == "step" else value[start : start + len(piece.values)]
                 found[f"{name}/{key}"] = part if key == "step" else piece._replace(values=part)
         return found
+
+    @torch.no_grad()
+    def clamp(self, bound: float) -> None:
+        super().clamp(bound)
+        for values in self.parameters().values():  # of which those are copies
+            whole = values.values if isinstance(values, Piece) else values
+            whole.clamp_(-bound, bound)
 
     @torch.no_grad()
     def loaded(self) -> None:

@@ -123,7 +123,7 @@ def synchronise(network: nn.Module) -> nn.Module:
 def plain(network: nn.Module) -> Iterator[None]:
     """Plain PyTorch inside: what is differentiated twice in a compiled function, or by
     torch.func.grad, must not be an operation of ours (its parameter gradients would be wrong)."""
-    modules = [m for m in network.modules() if isinstance(m, BatchNormLeakyReLU)]
+    modules = [m for m in network.modules() if hasattr(m, "plain")]
     for m in modules:
         m.plain = True
     try:

@@ -167,6 +167,6 @@ def _shrink(settings):
         elif isinstance(settings, Network):
             if isinstance(value, tuple):
                 changes[f.name] = tuple(max(v // 8, 4) for v in value)
-            elif type(value) is int:
+            elif type(value) is int and f.name != "classes":
                 changes[f.name] = max(value // 8, 4)
     return replace(settings, **changes)

@@ -13,6 +13,7 @@ from engine.networks.spec import ImageSpec, Network
 from engine.session import Session
 from engine.settings import Length, PlayerSettings, Recipe
 from engine.steps.adversarial import Adversarial, discriminator_update
+from kernels import philox
 from pipelines.batch import Batch
 from pipelines.settings import Data
 from tests.players import BATCH, FP32, RANKS, moved, weights
@@ -105,17 +106,23 @@ def test_joint_equals_separate_for_a_discriminator_without_batchnorm():
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
+def judged(network, real, fake, joint=False):
+    where = (None, philox.make_key(0), torch.arange(len(real)))
+    settings = {"loss": "nonsaturating", "joint": joint, "kinds": ()}
+    return discriminator_update(network, real, fake, *where, **settings)
+
+
 def test_joint_differs_from_separate_with_batchnorm():
     network = dcgan.Discriminator(width=4).build(ImageSpec(1, 16))
     real, fake = torch.randn(BATCH, 1, 16, 16), torch.randn(BATCH, 1, 16, 16) * 0.1
-    separate, _ = discriminator_update(network, real, fake, joint=False)
-    joint, _ = discriminator_update(network, real, fake, joint=True)
+    separate, _ = judged(network, real, fake)
+    joint, _ = judged(network, real, fake, joint=True)
     assert abs(float(separate.detach() - joint.detach())) > 1e-4
 
 
 def test_opinions_are_the_mean_probabilities_of_being_real():
     logits = torch.full((4, 1), 2.0)
-    _, values = discriminator_update(nn.Flatten(0), logits, -logits, joint=False)
+    _, values = judged(nn.Flatten(0), logits, -logits)
     wanted = 1 / (1 + math.exp(-2))
     torch.testing.assert_close(values["real"], torch.tensor(wanted))
     torch.testing.assert_close(values["fake"], torch.tensor(1 - wanted))

@@ -302,7 +302,7 @@ def test_every_recipe_s_sampler_can_be_rebuilt_from_what_an_export_says(name: st
             recipe.step.sampler_settings()
         return
     settings = recipe.step.sampler_settings()
-    assert source.bundle(type(settings).__module__)
+    assert source.bundle(source.modules(write.describe(settings)))
     config = json.loads(
         json.dumps({"network": write.describe(settings), "images": vars(image_spec(recipe))})
     )
@@ -314,7 +314,7 @@ def test_every_recipe_s_sampler_can_be_rebuilt_from_what_an_export_says(name: st
 
 
 def test_the_source_that_goes_along(tmp_path: Path) -> None:
-    files = source.bundle("engine.networks.mlp")
+    files = source.bundle(["engine.networks.mlp"])
     assert files.keys() == {"__init__.py", "mlp.py", "dcgan.py", "spec.py", "load.py"}
     assert not any(
         "engine." in line for line in "".join(files.values()).split("\n") if "import" in line

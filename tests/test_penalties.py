@@ -13,7 +13,8 @@ from engine.penalties import gradient_penalty, input_gradient, r1_penalty
 from engine.session import Session
 from engine.settings import Adam, Length, PlayerSettings, Recipe
 from engine.stats import Stats
-from engine.steps.adversarial import Adversarial, penalised_update
+from engine.steps.adversarial import MIXING, Adversarial, penalised_update
+from kernels import philox
 from kernels.batchnorm_module import BatchNormLeakyReLU, fuse
 from pipelines.batch import Batch
 from pipelines.settings import Data
@@ -178,10 +179,15 @@ def test_under_autocast_the_norm_and_the_mean_are_float32():
 
 def test_a_penalised_update_adds_the_weighed_penalty_to_the_loss():
     critic, real, fake = built(mlp.Discriminator((4, 6))), pictures(), -pictures()
-    plain, _ = penalised_update(critic, real, fake, joint=False, weight=0.0)
-    loss, values = penalised_update(critic, real, fake, joint=False, weight=7.0)
-    torch.testing.assert_close(loss, plain + 7 * r1_penalty(critic, real))
-    torch.testing.assert_close(values["r1"], r1_penalty(critic, real).detach())
+    where = (None, philox.make_key(0), torch.arange(len(real)))
+    settings = {"loss": "nonsaturating", "joint": False, "kinds": ()}
+    plain, _ = penalised_update(critic, real, fake, *where, **settings, r1=0.0, gp=0.0)
+    loss, values = penalised_update(critic, real, fake, *where, **settings, r1=7.0, gp=3.0)
+    alpha_N = philox.uniform(where[1], MIXING, where[2], 1)[:, 0]
+    r1, gp = r1_penalty(critic, real), gradient_penalty(critic, real, fake, alpha_N)
+    torch.testing.assert_close(loss, plain + 7 * r1 + 3 * gp)
+    torch.testing.assert_close(values["r1"], r1.detach())
+    torch.testing.assert_close(values["gp"], gp.detach())
 
 
 def started(r1: float, every: int) -> Session:

@@ -25,6 +25,7 @@ from engine.export import card, source
 from engine.export.source import ExportError
 from engine.export.write import describe, write_form
 from engine.exported import CONFIG, FILES, changed_files, file_digest, read_config
+from engine.networks.spectral import folded
 from engine.trained import Trained
 
 PACKAGES = ("torch", "safetensors", "numpy", "onnx", "onnxruntime", "onnxscript")
@@ -73,7 +74,7 @@ def _fill(
         say(f"{FILES[form]}: {size:.1f} MB, differs by at most {differences[form]:.1g}")
     if "safetensors" in forms:
         (folder / "network").mkdir()
-        for name, text in source.bundle(config["network"]["module"]).items():
+        for name, text in source.bundle(source.modules(config["network"])).items():
             (folder / "network" / name).write_text(text)
     images_NCHW = torch.cat(list(trained.samples(SEED, SAMPLES, SAMPLES)))
     picture = pictures.grid(images_NCHW)
@@ -102,7 +103,7 @@ def portable(trained: Trained) -> nn.Module:
 
     Raises ExportError for a network that diverged, ValueError for a recipe that has none.
     """
-    module = copy.deepcopy(trained.recipe.step.sampler(trained.networks)).cpu().eval()
+    module = folded(copy.deepcopy(trained.recipe.step.sampler(trained.networks)).cpu())
     module = module.to(memory_format=torch.contiguous_format).requires_grad_(False)
     if not all(t.isfinite().all() for t in module.state_dict().values()):
         raise ExportError("the network holds values that are not numbers: take another checkpoint")
@@ -114,17 +115,18 @@ def configuration(trained: Trained, run_dir: Path) -> dict[str, Any]:
     _, _, stored = run.read_recipe(run_dir)
     settings = trained.recipe.step.sampler_settings()
     network = describe(settings)
-    module = type(settings).__module__
-    network |= {"module": module, "source_sha256": source.digest(source.bundle(module))}
+    bundle = source.bundle(source.modules(network))
+    network |= {"source_sha256": source.digest(bundle)}
     side, channels, classes = trained.resolution, trained.channels, trained.index["classes"]
     images = {"channels": channels, "resolution": side, "classes": classes}
+    chosen = trained.recipe.step.classes()
     z = {"name": "z", "shape": ["N", trained.latent_dim()], "dtype": "float32"}
     made = {"name": "images", "shape": ["N", channels, side, side], "dtype": "float32"}
     return {
         "saddle_export": 1,
         "network": network,
         "images": images,
-        "inputs": [z | {"distribution": "standard normal"}],
+        "inputs": [z | {"distribution": "standard normal", "classes": chosen}],
         "outputs": [made | {"range": [-1, 1]}],
         "recipe": {
             "name": trained.name,

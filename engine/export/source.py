@@ -9,6 +9,7 @@ import hashlib
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "engine.networks"
 OURS = ("engine", "kernels", "pipelines")
@@ -24,13 +25,20 @@ class ExportError(RuntimeError):
     """A run cannot be exported, though the command is right."""
 
 
-def bundle(module: str) -> dict[str, str]:
-    """File name and text of all that the network module `module` needs, itself and `load` included.
+def modules(network: dict[str, Any]) -> list[str]:
+    """Full names of the modules of a network that `describe` described, and of those it holds."""
+    own = f"{PACKAGE}.{network['class'].rpartition('.')[0]}"
+    held = [value for value in network["sizes"].values() if isinstance(value, dict)]
+    return [own, *(name for value in held for name in modules(value))]
 
-    module: its full name, as "engine.networks.dcgan". Raises ExportError for an import that cannot
-    go along.
+
+def bundle(names: list[str]) -> dict[str, str]:
+    """File name and text of all that these network modules need, themselves and `load` included.
+
+    names: full ones, as "engine.networks.dcgan". Raises ExportError for an import that cannot go
+    along.
     """
-    files, left = {"__init__.py": INIT}, [module, f"{PACKAGE}.load"]
+    files, left = {"__init__.py": INIT}, [*names, f"{PACKAGE}.load"]
     while left:
         name = left.pop()
         if re.fullmatch(rf"{re.escape(PACKAGE)}\.\w+", name) is None:

@@ -36,7 +36,7 @@ def init_weights(module: nn.Module) -> None:
     """N(0, 0.02) weights, BatchNorm scale N(1, 0.02) (DCGAN, section 4, and the authors' code)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+    elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) and module.affine:
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
 

@@ -1,4 +1,4 @@
-"""When the running statistics of BatchNorm move."""
+"""When that moves which norms remember from forward to forward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from torch import nn
 
 @contextmanager
 def statistics_kept(network: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch, as in training, but leaves its running statistics alone:
-    for a second forward of the same inputs in one iteration."""
-    kind = nn.modules.batchnorm._NormBase
-    norms = [m for m in network.modules() if isinstance(m, kind) and m.track_running_stats]
+    """Norms work as in training, but leave alone what they remember (BatchNorm its running
+    statistics, spectral normalisation its singular vector): for a second forward of the same inputs
+    in one iteration."""
+    norms = [m for m in network.modules() if getattr(m, "track_running_stats", False)]
     for m in norms:
         m.track_running_stats = False
     try:

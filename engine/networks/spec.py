@@ -4,6 +4,7 @@ Networks import nothing else of the engine, so that an export can carry their so
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -20,6 +21,10 @@ class ImageSpec:
 @dataclass(frozen=True)
 class Network:
     """Sizes of a network; a subclass holds them as fields and builds the module."""
+
+    classes: ClassVar[int] = 0
+    """Classes that its module is given as its second input, int64 (N,); a subclass whose module is
+    makes it a field."""
 
     def build(self, images: ImageSpec) -> nn.Module:
         """The module with fresh parameters; raises ValueError where the sizes do not fit."""

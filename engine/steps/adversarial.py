@@ -1,31 +1,41 @@
-"""Adversarial training: one discriminator and one generator update on each batch.
+"""Adversarial training: a discriminator update on each batch, and a generator update on every batch
+or every few.
 
-Goodfellow et al. 2014, "Generative adversarial nets", algorithm 1 with k = 1, with the
+Goodfellow et al. 2014, "Generative adversarial nets", algorithm 1, by default with k = 1 and the
 non-saturating generator loss. The discriminator learns from fakes that carry no gradient; the
 generator makes the same fakes again from the same latents, so that only one network's activations
-are held at a time.
+are held at a time. Networks that are given classes get those of the batch, for fakes too.
 
 Shapes: N batch, C channels, H height, W width, L latent.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from engine.augment import Kind, augment
 from engine.compile import second_order
-from engine.losses import discriminator_loss, nonsaturating_loss
+from engine.losses import ADVERSARIES
+from engine.networks.conditional import ByClass, Choosing
 from engine.networks.norms import statistics_kept
 from engine.networks.spec import Network
-from engine.penalties import r1_penalty
+from engine.penalties import gradient_penalty, r1_penalty
 from engine.player import Player, frozen
 from engine.settings import Algorithm, Networks, PlayerSettings, Values
 from kernels import philox
 from pipelines.batch import Batch
 
-LATENTS = 1  # noise stream
+LATENTS = 1  # noise streams; 2 to 4 are those of pictures, samples, metrics
+MIXING, REAL, FAKE, FOOLING = 5, 6, 7, 8
+SLOW, EARLY, LONG, AGAIN = 100, 25, 500, 2500  # of critic_warmup
+
+Kinds = tuple[Kind, ...]
+Loss = Literal["nonsaturating", "minimax", "hinge", "least-squares", "wasserstein"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,13 @@ class Adversarial(Algorithm):
 
     generator: PlayerSettings
     discriminator: PlayerSettings
+    loss: Loss = "nonsaturating"
+    """What both minimise (engine/losses.py)."""
+    critic_updates: int = 1
+    """Discriminator updates for each of the generator."""
+    critic_warmup: bool = False
+    """100 of them for each of the generator's first 25 updates and every 500th, as in the code of
+    Arjovsky et al. 2017."""
     joint: bool = False
     """Real and fake images go through the discriminator as one batch (its BatchNorm then sees their
     mixture); otherwise one after the other, as in the DCGAN paper's code."""
@@ -42,59 +59,129 @@ class Adversarial(Algorithm):
     r1_every: int = 16
     """Iterations between penalties, each then weighed so many times (Karras et al. 2020,
     "Analyzing and improving the image quality of StyleGAN", section 3.1)."""
+    gp: float = 0.0
+    """Lambda of the penalty on the distance of the discriminator's gradient from norm 1, between
+    real and fake images (Gulrajani et al. 2017); 0 takes none."""
+    clip_weights: float = 0.0
+    """Bound to which the discriminator's parameters are clipped before each of its updates
+    (Arjovsky et al. 2017, algorithm 1); 0 does not clip."""
+    augment: Kinds = ()
+    """Differentiable augmentation of what the discriminator sees: color, translation, cutout (Zhao
+    et al. 2020)."""
 
     def check(self) -> None:
         if self.r1 < 0 or self.r1_every < 1:
             raise ValueError("--r1 must not be negative, --r1-every be at least 1")
+        if min(self.gp, self.clip_weights) < 0 or self.critic_updates < 1:
+            raise ValueError(
+                "--gp and --clip-weights must not be negative, --critic-updates be at least 1"
+            )
+        both = {name: player.network.classes for name, player in self.players().items()}
+        if len(set(both.values())) > 1:
+            named = ", ".join(f"{name} {count}" for name, count in both.items())
+            raise ValueError(f"the networks are for different numbers of classes ({named})")
 
     def second_order(self) -> bool:
-        return self.r1 > 0
+        return self.r1 > 0 or self.gp > 0
 
     def period(self) -> int:
-        return self.r1_every if self.r1 else 1
+        return math.lcm(self.critic_updates, self.r1_every if self.r1 else 1)
+
+    def settles(self) -> int:
+        return AGAIN if self.critic_warmup else 0
+
+    def kinds(self) -> tuple[int, ...]:
+        fooling = next(i for i in range(AGAIN) if self.generator_learns(i))
+        return tuple(sorted({0, fooling, *((1,) if self.r1 else ())}))
+
+    def generator_learns(self, iteration: int) -> bool:
+        """Whether the generator is updated in this iteration, after the discriminator."""
+        each = self.critic_updates
+        if not self.critic_warmup:
+            return (iteration + 1) % each == 0
+        if iteration < EARLY * SLOW:
+            return (iteration + 1) % SLOW == 0
+        iteration -= EARLY * SLOW
+        first = (LONG - EARLY) * each  # until the 500th update
+        if iteration < first:
+            return (iteration + 1) % each == 0
+        place = (iteration - first) % (SLOW + (LONG - 1) * each)
+        return place == SLOW - 1 or (place >= SLOW and (place - SLOW + 1) % each == 0)
+
+    def classes(self) -> int:
+        return self.generator.network.classes
 
     def latent_dim(self) -> int:
-        return self.generator.network.latent
+        return self.generator.network.latent + self.classes()
 
     def sampler_settings(self) -> Network:
-        return self.generator.network
+        network = self.generator.network
+        return ByClass(network) if self.classes() else network
 
     def sampler(self, networks: Networks) -> nn.Module:
-        return networks["generator"]
+        network = networks["generator"]
+        return Choosing(network, self.generator.network.latent) if self.classes() else network
 
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
-        make = partial(make_fakes, latent=self.latent_dim())
-        judge = partial(discriminator_update, joint=self.joint)
-        punish = partial(penalised_update, joint=self.joint, weight=self.r1 / 2 * self.r1_every)
-        fool = partial(generator_update, latent=self.latent_dim(), joint=self.joint)
+        latent, seen = self.generator.network.latent, {"joint": self.joint, "kinds": self.augment}
+        make = partial(make_fakes, latent=latent)
+        judge = partial(discriminator_update, loss=self.loss, **seen)
+        weight = self.r1 / 2 * self.r1_every
+        punish = partial(penalised_update, loss=self.loss, r1=weight, gp=self.gp, **seen)
+        mix = partial(penalised_update, loss=self.loss, r1=0.0, gp=self.gp, **seen)
+        fool = partial(generator_update, loss=self.loss, latent=latent, **seen)
         generator, discriminator = players["generator"], players["discriminator"]
+        generator.stride = self.critic_updates
 
         def step(batch: Batch) -> Values:
-            fake_NCHW = generator.infer(make, key, batch.position_N)
-            turn = self.r1 and discriminator.clock.iteration % self.r1_every == 0
-            values = discriminator.update(punish if turn else judge, batch.images_NCHW, fake_NCHW)
-            with frozen(discriminator) as critic, statistics_kept(generator.network):
-                values |= generator.update(fool, critic, batch.images_NCHW, key, batch.position_N)
+            where = (batch.labels_N if self.classes() else None, key, batch.position_N)
+            iteration = discriminator.clock.iteration
+            fake_NCHW = generator.infer(make, *where)
+            if self.clip_weights:
+                discriminator.clip_weights(self.clip_weights)
+            turn = self.r1 and iteration % self.r1_every == 0
+            update = punish if turn else mix if self.gp else judge
+            values = discriminator.update(update, batch.images_NCHW, fake_NCHW, *where)
+            if self.generator_learns(iteration):
+                with frozen(discriminator) as critic, statistics_kept(generator.network):
+                    values |= generator.update(fool, critic, batch.images_NCHW, *where)
             return values
 
         return step
 
 
-def make_fakes(generator: nn.Module, key: Tensor, position_N: Tensor, *, latent: int) -> Tensor:
+def given(label_N: Tensor | None) -> tuple[Tensor, ...]:
+    """What a network is given besides images or latents."""
+    return () if label_N is None else (label_N,)
+
+
+def make_fakes(
+    generator: nn.Module, label_N: Tensor | None, key: Tensor, position_N: Tensor, *, latent: int
+) -> Tensor:
     """G(z), (N, C, H, W), for the latents of these places in the stream of images."""
-    return generator(philox.normal(key, LATENTS, position_N, latent))
+    return generator(philox.normal(key, LATENTS, position_N, latent), *given(label_N))
 
 
 def discriminator_update(
-    discriminator: nn.Module, real_NCHW: Tensor, fake_NCHW: Tensor, *, joint: bool
+    discriminator: nn.Module,
+    real_NCHW: Tensor,
+    fake_NCHW: Tensor,
+    label_N: Tensor | None,
+    key: Tensor,
+    position_N: Tensor,
+    *,
+    loss: Loss,
+    joint: bool,
+    kinds: Kinds,
 ) -> tuple[Tensor, Values]:
-    """The discriminator's loss, and its mean opinions D(x) and D(G(z))."""
+    """The discriminator's loss, and what it thinks of real and of fake images."""
+    real_NCHW = augment(real_NCHW, kinds, key, REAL, position_N)
+    fake_NCHW = augment(fake_NCHW, kinds, key, FAKE, position_N)
     if joint:
-        real_N, fake_N = judge_together(discriminator, real_NCHW, fake_NCHW)
+        real_N, fake_N = judge_together(discriminator, real_NCHW, fake_NCHW, label_N)
     else:
-        real_N, fake_N = discriminator(real_NCHW), discriminator(fake_NCHW)
-    opinions = {"real": _mean_opinion(real_N), "fake": _mean_opinion(fake_N)}
-    return discriminator_loss(real_N, fake_N), opinions
+        real_N, fake_N = (discriminator(x, *given(label_N)) for x in (real_NCHW, fake_NCHW))
+    return ADVERSARIES[loss][0](real_N, fake_N), opinions(real_N, fake_N, loss)
 
 
 @second_order
@@ -102,40 +189,77 @@ def penalised_update(
     discriminator: nn.Module,
     real_NCHW: Tensor,
     fake_NCHW: Tensor,
+    label_N: Tensor | None,
+    key: Tensor,
+    position_N: Tensor,
     *,
+    loss: Loss,
     joint: bool,
-    weight: float,
+    kinds: Kinds,
+    r1: float,
+    gp: float,
 ) -> tuple[Tensor, Values]:
-    """`discriminator_update` with so much of the R1 penalty, which is reported too."""
-    loss, values = discriminator_update(discriminator, real_NCHW, fake_NCHW, joint=joint)
-    r1 = r1_penalty(discriminator, real_NCHW)
-    return loss + weight * r1, values | {"r1": r1.detach()}
+    """`discriminator_update` with so much of each penalty, which are reported too. They are taken
+    at images without augmentation."""
+    total, values = discriminator_update(
+        discriminator,
+        *(real_NCHW, fake_NCHW, label_N, key, position_N),
+        loss=loss,
+        joint=joint,
+        kinds=kinds,
+    )
+    if r1:
+        penalty = r1_penalty(discriminator, real_NCHW, *given(label_N))
+        total, values = total + r1 * penalty, values | {"r1": penalty.detach()}
+    if gp:
+        alpha_N = philox.uniform(key, MIXING, position_N, 1)[:, 0]
+        penalty = gradient_penalty(discriminator, real_NCHW, fake_NCHW, alpha_N, *given(label_N))
+        total, values = total + gp * penalty, values | {"gp": penalty.detach()}
+    return total, values
 
 
 def generator_update(
     generator: nn.Module,
     critic: nn.Module,
     real_NCHW: Tensor,
+    label_N: Tensor | None,
     key: Tensor,
     position_N: Tensor,
     *,
     latent: int,
+    loss: Loss,
     joint: bool,
+    kinds: Kinds,
 ) -> tuple[Tensor, Values]:
-    """The generator's non-saturating loss, for the fakes that the discriminator has just judged,
-    in the company in which it judged them."""
-    fake_NCHW = generator(philox.normal(key, LATENTS, position_N, latent))
-    fake_N = judge_together(critic, real_NCHW, fake_NCHW)[1] if joint else critic(fake_NCHW)
-    return nonsaturating_loss(fake_N), {}
+    """The generator's loss, for the fakes that the discriminator has just judged, in the company in
+    which it judged them."""
+    fake_NCHW = make_fakes(generator, label_N, key, position_N, latent=latent)
+    fake_NCHW = augment(fake_NCHW, kinds, key, FOOLING, position_N)
+    if joint:
+        real_NCHW = augment(real_NCHW, kinds, key, REAL, position_N)
+        fake_N = judge_together(critic, real_NCHW, fake_NCHW, label_N)[1]
+    else:
+        fake_N = critic(fake_NCHW, *given(label_N))
+    return ADVERSARIES[loss][1](fake_N), {}
 
 
 def judge_together(
-    discriminator: nn.Module, real_NCHW: Tensor, fake_NCHW: Tensor
+    discriminator: nn.Module, real_NCHW: Tensor, fake_NCHW: Tensor, label_N: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Logits (N,) of real and of fake images that go through the discriminator as one batch."""
-    real_N, fake_N = discriminator(torch.cat([real_NCHW, fake_NCHW.to(real_NCHW)])).chunk(2)
+    both_NCHW = torch.cat([real_NCHW, fake_NCHW.to(real_NCHW)])
+    both_N = () if label_N is None else (torch.cat([label_N, label_N]),)
+    real_N, fake_N = discriminator(both_NCHW, *both_N).chunk(2)
     return real_N, fake_N
 
 
-def _mean_opinion(logits_N: Tensor) -> Tensor:
-    return logits_N.detach().float().sigmoid().mean()
+def opinions(real_N: Tensor, fake_N: Tensor, loss: Loss) -> Values:
+    """D(x) and D(G(z)) where the outputs are logits; else the mean outputs and, for Wasserstein's
+    critic, their difference, an estimate of the distance (Arjovsky et al. 2017, figure 3)."""
+    real, fake = real_N.detach().float(), fake_N.detach().float()
+    if loss in ("nonsaturating", "minimax"):
+        return {"real": real.sigmoid().mean(), "fake": fake.sigmoid().mean()}
+    means = {"output_real": real.mean(), "output_fake": fake.mean()}
+    if loss != "wasserstein":
+        return means
+    return means | {"distance": real.mean() - fake.mean()}
