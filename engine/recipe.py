@@ -122,6 +122,7 @@ def check(recipe: Recipe, world_size: int) -> None:
     _check_outputs(recipe)
     _check_metrics(recipe.metrics)
     recipe.step.check()
+    recipe.step.check_data(recipe.data)
     for name, player in recipe.step.players().items():
         _check_player(name, player)
 

@@ -11,6 +11,7 @@ checkpoint and seed as metadata.
     python -m engine.sample RUN_DIR --reconstruct                     (autoencoders)
     python -m engine.sample RUN_DIR --traverse                        (one row per latent)
     python -m engine.sample RUN_DIR --class 7      (--by-class: a row of each; conditional models)
+    python -m engine.sample RUN_DIR --anomaly                         (anogan_mnist)
 
 Shapes: N images, C channels, H height, W width, L latent.
 """
@@ -26,7 +27,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from engine import pictures
+from engine import anomalies, pictures
 from engine.checkpoint import CheckpointError
 from engine.exported import is_export, open_export
 from engine.latents import walk
@@ -35,11 +36,12 @@ from engine.origin import Origin
 from engine.originals import originals, rows_over_rows
 from engine.run import RunError
 from engine.settings import Algorithm
+from engine.steps.anomaly import Anomaly
 from engine.steps.autoencoder import Variational
 from engine.trained import Model, Trained, open_run
 from engine.verb import exit_code, say, warn
 from engine.whole import check_place
-from pipelines.datasets import BadImage, DatasetMissing
+from pipelines.datasets import BadImage, DatasetMissing, NoSplit
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST = 1 << 25  # pixels of a picture: float images and their copies then stay below 2 GB
@@ -51,12 +53,13 @@ class SampleError(RuntimeError):
     """What was asked for cannot be made from this run, though the command is right."""
 
 
-FAILURES = (SampleError, RunError, CheckpointError, BadImage, DatasetMissing, OSError)
+FAILURES = (SampleError, RunError, CheckpointError, BadImage, DatasetMissing, NoSplit, OSError)
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where the run's dataset lies now, if not where it lay then (--reconstruct, --traverse)."""
+    """Where the run's dataset lies now, if not where it lay then (--reconstruct, --traverse,
+    --anomaly)."""
 
     root: Path | None = None
     """Folder that holds the datasets."""
@@ -71,13 +74,14 @@ class Command:
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run directory, as `engine.train` names it at its end; or an export's folder or file."""
     num: int | None = None
-    """Images (64); stops of a walk (5); images to reconstruct (16); latents to traverse (10)."""
+    """Images (64); stops of a walk (5); images to reconstruct (16); latents to traverse (10);
+    images with heat maps (16, half of them anomalies)."""
     seed: int = 0
     """Seed of the latents and of the choice of dataset images; image k of a seed is always the
     same, whatever --num is."""
     out: Path | None = None
-    """Picture to write (.png, .jpg, .webp); default: grid.png, walk.png, reconstruction.png or
-    traversal.png here. Folders are made, a picture of that name is replaced."""
+    """Picture to write (.png, .jpg, .webp); default: grid.png, walk.png, reconstruction.png,
+    traversal.png or anomaly.png here. Folders are made, a picture of that name is replaced."""
     each: Path | None = None
     """Write every image by itself, 00000.png and on, into this new or empty folder."""
     interpolate: bool = False
@@ -92,6 +96,9 @@ class Command:
     """Number of the class of all samples, for models that are given one."""
     by_class: bool = False
     """A row of samples for each class; --num (8) is the number in a row."""
+    anomaly: bool = False
+    """For anomaly detectors: held-out images, first normal ones and then of the classes that were
+    left out of training, over their reconstructions and heat maps; their scores are printed."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
     checkpoint: int | Literal["best"] | None = None
@@ -226,6 +233,29 @@ def draw_traversal(command: Command, trained: Trained) -> None:
     _write(pictures.grid(images_NCHW, COLUMNS), command.out, what, trained.origin(command.seed))
 
 
+def draw_anomalies(command: Command, trained: Trained) -> None:
+    """Normal images and anomalies, each over its reconstruction and its heat map."""
+    step, networks = trained.recipe.step, trained.networks
+    if not isinstance(step, Anomaly):
+        raise ValueError(f"--anomaly is for detectors such as anogan_mnist, not {trained.name}")
+    columns = max((command.num or 16) // 2, 1)
+    check_size(trained, 6 * columns, "--num")
+    place = {k: v for k, v in vars(command.data).items() if v is not None}
+    data, rows_NCHW = replace(trained.recipe.data, **place), []
+    groups = anomalies.normal_and_anomalous(data, command.seed, columns)
+    for group in groups:
+        images_NCHW = group.images_NCHW.to(trained.device)
+        with torch.no_grad():
+            made_NCHW = step.reconstruct(networks, images_NCHW)
+            heat_N1HW = step.heat(networks, images_NCHW)
+            score_N = step.scores(networks, images_NCHW)
+        rows_NCHW.append(anomalies.columns_of(images_NCHW, made_NCHW, heat_N1HW).cpu())
+        say(f"scores, {group.name}: " + " ".join(f"{score:.3f}" for score in score_N.tolist()))
+    picture = pictures.grid(torch.cat(rows_NCHW), len(groups[0].images_NCHW))
+    what = f"{' and '.join(group.name for group in groups)} over reconstructions and heat maps"
+    _write(picture, command.out, what, trained.origin(command.seed, composite=True))
+
+
 def _write(picture: Image.Image, path: Path, what: str, origin: Origin) -> None:
     replaced = " (replaced)" if path.exists() else ""
     pictures.save(picture, path, origin)
@@ -237,6 +267,7 @@ KINDS: dict[str, tuple[Draw, str]] = {
     "interpolate": (draw_walk, "walk.png"),
     "reconstruct": (draw_reconstructions, "reconstruction.png"),
     "traverse": (draw_traversal, "traversal.png"),
+    "anomaly": (draw_anomalies, "anomaly.png"),
 }
 
 
@@ -288,6 +319,7 @@ def open_model(command: Command) -> Model:
     for flag, given, reason in (
         ("--reconstruct", command.reconstruct, only_latents),
         ("--traverse", command.traverse, only_latents),
+        ("--anomaly", command.anomaly, only_latents),
         ("--checkpoint", command.checkpoint is not None, single),
         ("--no-ema", not command.ema, single),
     ):

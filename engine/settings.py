@@ -175,6 +175,9 @@ class Algorithm:
         latent vector. 0 where it is given none."""
         return 0
 
+    def check_data(self, data: Data) -> None:
+        """Raise ValueError, naming flag and remedy, for data that it cannot be trained on."""
+
     def latent_dim(self) -> int:
         """Length of the latent vector."""
         raise ValueError("this recipe's model has no latent vector")
@@ -205,6 +208,11 @@ class Algorithm:
         """Figures of a held-out set from what `held_out` gave for all of its images, (N,) float64
         by name on the host, and their classes; here the means."""
         return {name: float(value_N.mean()) for name, value_N in values.items()}
+
+    def told_apart(self, values: "Values", unseen_N: Tensor) -> dict[str, float]:
+        """Figures of how held-out images of the classes that were left out of training, bool (N,),
+        differ from the others in what `held_out` gave; here none."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pipelines.lsun import open_lsun
 from pipelines.missing import DOWNLOADS, DatasetMissing, NoSplit, missing_text
 from pipelines.settings import Data
 from pipelines.sources import ArraySet, Dataset, EncodedSet, FileSet, Synthetic
+from pipelines.subset import without
 
 __all__ = ["BadImage", "Dataset", "DatasetMissing", "NoSplit", "download", "find"]
 
@@ -61,7 +62,7 @@ def find(data: Data, split: str = "train") -> Dataset:
         dataset = _look(data, split)
     if data.window is not None:
         _check_sixteen_bits(dataset)
-    return dataset
+    return without(dataset, data.without) if data.without and split == "train" else dataset
 
 
 def _check_sixteen_bits(dataset: Dataset) -> None:

@@ -45,6 +45,8 @@ class Command:
     """Side that is stored, if a random square of the resolution is cut from it while training."""
     window: tuple[int, int] | None = None
     """Values of 16-bit grey pixels that become black and white."""
+    without: tuple[int, ...] = ()
+    """Classes that the runs leave out of training."""
     beton: Literal["raw", "jpeg"] = "raw"
     """Form of the .beton: pixels at the stored size, or JPEGs."""
     root: Path | None = None

@@ -30,6 +30,8 @@ class Data:
     """Hand out each image also smaller by this factor (bicubic, antialiased), as its pair."""
     balanced: bool = False
     """Show all classes equally often."""
+    without: tuple[int, ...] = ()
+    """Classes that are left out of training; held-out images are of all classes."""
     flip: bool = False
     """Mirror each image with probability one half."""
     root: Path | None = None

@@ -33,6 +33,10 @@ class Captions:
     lengths_NK: np.ndarray
     words: tuple[str, ...]
 
+    def of(self, rows: np.ndarray) -> "Captions":
+        """Those of some rows, int64 (any,)."""
+        return Captions(self.tokens_NKL[rows], self.lengths_NK[rows], self.words)
+
 
 @dataclass
 class Dataset(ABC):

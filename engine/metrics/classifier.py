@@ -62,11 +62,11 @@ def _block(before: int, after: int) -> list[nn.Module]:
 
 
 def settings(data: Data) -> Data:
-    """The dataset as the classifier sees it: its own channels, at a size that suits it."""
+    """The dataset as the classifier sees it: all of it, its own channels, at a size that suits."""
     grey = data.name in ("mnist", "fashion_mnist", "digits")
     channels = 1 if grey else 3 if data.name in ("cifar10", "celeba") else data.channels
     resolution = {"digits": 16, "celeba": 64}.get(data.name, 32)
-    return replace(data, resolution=resolution, channels=channels, crop=None)
+    return replace(data, resolution=resolution, channels=channels, crop=None, without=())
 
 
 def targets(dataset: Dataset) -> np.ndarray | None:

@@ -5,7 +5,10 @@ import json
 from collections.abc import Container
 from dataclasses import asdict, dataclass
 
-HELD_OUT = ("elbo", "nll", "reconstruction", "kl", "bits_per_dim", "psnr", "ssim", "lpips")
+HELD_OUT = (
+    *("elbo", "nll", "reconstruction", "kl", "bits_per_dim", "psnr", "ssim", "lpips"),
+    *("auroc", "auroc_pixels", "auroc_features", "score_normal", "score_anomaly"),
+)
 """Figures of `engine.metrics.held_out`, which have images of their own."""
 HELD_OUT_IMAGES = 10_000
 
@@ -45,7 +48,7 @@ def held_out_words(names: Container[str]) -> str:
     if not there:
         return ""
     return (
-        f"{', '.join(there)} (likelihood and reconstruction): means over held-out images, at most "
+        f"{', '.join(there)} (likelihood, reconstruction, anomalies): of held-out images, at most "
         f"{HELD_OUT_IMAGES:,} of the test split in a fixed order"
     )
 

@@ -32,7 +32,10 @@ class Group(NamedTuple):
 
 
 LOWER = ("fid", "kid", "lpips", "nll", "bits_per_dim", "reconstruction")
-HIGHER = ("inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "elbo")
+HIGHER = (
+    *("inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "elbo"),
+    *("auroc", "auroc_pixels", "auroc_features"),
+)
 
 
 def better(name: str) -> str:
