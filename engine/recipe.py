@@ -127,6 +127,18 @@ def check(recipe: Recipe, world_size: int) -> None:
         _check_player(name, player)
 
 
+def check_classes(recipe: Recipe, classes: int) -> None:
+    """Raise ValueError where networks are given classes that the dataset has not so many of."""
+    for name, player in recipe.step.players().items():
+        wanted = player.network.classes
+        if wanted and wanted != classes:
+            has = f"has {classes} classes" if classes else "has no classes"
+            remedy = f"give --{name}.classes {classes}" if classes else "take a labelled dataset"
+            raise ValueError(
+                f"--{name}.classes {wanted}, but data.name={recipe.data.name} {has}: {remedy}"
+            )
+
+
 def _check_batch_per_rank(recipe: Recipe, world_size: int) -> None:
     images, batch = recipe.batch_per_rank, recipe.data.batch
     if recipe.accumulate != 1:

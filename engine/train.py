@@ -97,6 +97,7 @@ def run_command(command: recipes.Command, name: str) -> int:
         precision = choose_precision(command.recipe.precision, device)
         sharing.check(command.recipe, precision, environment()[2])
         dataset = find_dataset(command.recipe.data)
+        recipes.check_classes(command.recipe, len(dataset.classes))
         cost = describe.cost(command.recipe, len(dataset.classes))
         if command.dry_run:
             dry_run(command.recipe, name, device, dataset, cost)

@@ -1,7 +1,8 @@
 """What the ranks of real runs tell each other, counted: torchrun ... -m tests.counted FOLDER RUN...
 
 RUN is a recipe and flags in one word. Each is trained some iterations by the engine's own loop;
-rank 0 prints, as JSON, what one iteration reduced: [kind, bytes] of every collective in order.
+rank 0 prints, as JSON, what the iterations of one period of its step reduced: [kind, bytes] of every
+collective in order.
 """
 
 import json
@@ -18,11 +19,11 @@ from engine.start import Training, begin
 from engine.train import loop
 from pipelines.datasets import find
 
-FLAGS = "--data.name synthetic --data.batch 4 --compile off --device cpu --steps 9 --sync-bn off"
+FLAGS = "--data.name synthetic --data.batch 4 --compile off --device cpu --steps 9999 --sync-bn off"
 QUIET = "--log-every 99 --sample-every 99 --checkpoint-every 99 --metrics.every-kimg 0"
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 COLLECTIVES += ("broadcast", "all_gather_object", "broadcast_object_list", "barrier")
-LAST = 2  # iteration that is counted; DDP sorts its buckets anew after the first
+FIRST = 2  # iteration that is counted first; DDP sorts its buckets anew after the first ones
 
 
 class Enough(Exception):
@@ -62,15 +63,18 @@ class Ledger:
 
 
 def counted(t: Training, ledger: Ledger) -> list[list]:
-    """What the last iteration reduced, up to the beginning of the next."""
-    step, done = t.session.step, []
+    """What the iterations of a period reduced, up to the beginning of the next."""
+    step, algorithm, done = t.session.step, t.session.recipe.step, []
+    period = algorithm.period()
+    t.session.clock.seek(algorithm.settles() * t.session.clock.batch)
+    first = FIRST if period == 1 else 2 * period  # each player's buckets are sorted by then
     for player in t.session.players.values():
         ledger.watch(player)
 
     def marked(batch):
         done.append(ledger.entries)
         ledger.entries = []
-        if len(done) > LAST:
+        if len(done) == first + period:
             raise Enough
         return step(batch)
 
@@ -79,7 +83,7 @@ def counted(t: Training, ledger: Ledger) -> list[list]:
         with t.exits:
             loop(t)
     except Enough:
-        return done[LAST]
+        return [entry for entries in done[first:] for entry in entries]
 
 
 def main(folder: str, *runs: str) -> None:
