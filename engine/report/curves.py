@@ -34,7 +34,7 @@ class Group(NamedTuple):
 LOWER = ("fid", "kid", "lpips", "nll", "bits_per_dim", "reconstruction")
 HIGHER = (
     *("inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "elbo"),
-    *("auroc", "auroc_pixels", "auroc_features"),
+    *("auroc", "auroc_pixels", "auroc_features", "accuracy", "nmi"),
 )
 
 
