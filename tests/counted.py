@@ -1,8 +1,8 @@
 """What the ranks of real runs tell each other, counted: torchrun ... -m tests.counted FOLDER RUN...
 
 RUN is a recipe and flags in one word. Each is trained some iterations by the engine's own loop;
-rank 0 prints, as JSON, what the iterations of one period of its step reduced: [kind, bytes] of every
-collective in order.
+rank 0 prints, as JSON, what the iterations of one period of its step reduced: [kind, bytes] of
+every collective in order.
 """
 
 import json

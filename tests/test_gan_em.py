@@ -14,6 +14,7 @@ from engine.describe import parameters
 from engine.export.write import describe
 from engine.metrics.clusters import clustering
 from engine.networks import gan_em
+from engine.networks.conditional import ByClass, Choosing
 from engine.networks.load import rebuild
 from engine.networks.spec import ImageSpec
 from engine.recipe import load
@@ -110,7 +111,7 @@ def test_the_penalty_is_of_the_expected_logit_of_being_real():
 
 
 def test_responsibilities_sum_to_one_in_float32():
-    encoder = gan_em.Encoder(classes=5, width=4, hidden=6).build(MNIST)
+    encoder = gan_em.Encoder(clusters=5, width=4, hidden=6).build(MNIST)
     share_NK = responsibilities(encoder, torch.randn(3, 1, 28, 28))
     assert share_NK.shape == (3, 5) and share_NK.dtype == torch.float32
     torch.testing.assert_close(share_NK.sum(dim=1), torch.ones(3))
@@ -142,7 +143,7 @@ def test_an_image_too_small_for_the_e_net_is_named_with_a_remedy():
 
 def test_the_generator_hears_class_and_latents():
     torch.manual_seed(0)
-    generator = gan_em.Generator(latent=5, classes=3, hidden=(32, 32)).build(MNIST).eval()
+    generator = gan_em.Generator(latent=5, clusters=3, hidden=(32, 32)).build(MNIST).eval()
     z_NL = torch.randn(1, 5).repeat(4, 1)
     z_NL[3] += 1
     first, again, other_class, other_z = generator(z_NL, torch.tensor([0, 0, 1, 0])).detach()
@@ -153,16 +154,16 @@ def test_the_generator_hears_class_and_latents():
 
 def test_the_largest_of_the_last_latents_chooses_the_class():
     torch.manual_seed(0)
-    settings = gan_em.ByClass(gan_em.Generator(latent=5, classes=3, hidden=(8, 6)), 3)
+    settings = ByClass(gan_em.Generator(latent=5, clusters=3, hidden=(8, 6)))
     sampler = settings.build(MNIST).eval()
-    z_NL = torch.randn(6, settings.latent)
+    z_NL = torch.randn(6, 8)
     label_N = torch.tensor([max(range(3), key=lambda k: float(z_L[5 + k])) for z_L in z_NL])
     assert torch.equal(sampler(z_NL), sampler.generator(z_NL[:, :5], label_N))
 
 
 def test_normal_latents_choose_all_classes_alike():
     torch.manual_seed(0)
-    sampler = gan_em.ClassSampler(lambda z_NL, label_N: label_N, 10)
+    sampler = Choosing(lambda z_NL, label_N: label_N, 62)
     count_K = torch.bincount(sampler(torch.randn(20_000, 72)), minlength=10)
     assert all(1_800 < count < 2_200 for count in count_K.tolist())
 
@@ -221,7 +222,7 @@ def test_the_first_m_step_gives_each_image_to_all_clusters_alike(monkeypatch):
     plain = player.update
     monkeypatch.setattr(player, "update", lambda *args: (seen.append(args[-1]), plain(*args))[1])
     advance(live, 3)
-    classes = live.recipe.step.classes
+    classes = live.recipe.step.clusters
     for weight_NK in seen[:2]:
         assert torch.equal(weight_NK, torch.full((BATCH, classes), 1 / classes))
     assert seen[2].std() > 0
@@ -285,8 +286,8 @@ def test_settings_that_cannot_be_trained_with_are_named(changes, flag):
 
 def test_players_of_different_numbers_of_classes_are_refused():
     step = load("gan_em_mnist").step
-    other = replace(step.encoder, network=replace(step.encoder.network, classes=20))
-    with pytest.raises(ValueError, match=r"--encoder\.classes 20"):
+    other = replace(step.encoder, network=replace(step.encoder.network, clusters=20))
+    with pytest.raises(ValueError, match=r"--encoder\.clusters 20"):
         replace(step, encoder=other).check()
 
 

@@ -21,15 +21,15 @@ from engine.networks.spec import ImageSpec, Network
 class ClassGenerator(nn.Module):
     """Layers that make images from a class, one-hot, and a latent vector of so much spread."""
 
-    def __init__(self, layers: nn.Module, classes: int, spread: float) -> None:
+    def __init__(self, layers: nn.Module, clusters: int, spread: float) -> None:
         super().__init__()
         self.layers = layers
-        self.classes = classes
+        self.clusters = clusters
         self.spread = spread
 
     def forward(self, z_NL: Tensor, label_N: Tensor) -> Tensor:
         """Images (N, C, H, W) in [-1, 1] from standard normal z_NL and int64 label_N."""
-        class_NK = F.one_hot(label_N, self.classes).to(z_NL)
+        class_NK = F.one_hot(label_N, self.clusters).to(z_NL)
         return self.layers(torch.cat([class_NK, self.spread * z_NL], dim=1))
 
 
@@ -39,7 +39,7 @@ class Generator(Network):
 
     latent: int = 30
     """Length of the latent vector, without the class."""
-    classes: int = 10
+    clusters: int = 10
     """Clusters to find."""
     hidden: tuple[int, ...] = (256, 512)
     """Units of the hidden layers, with BatchNorm."""
@@ -51,11 +51,11 @@ class Generator(Network):
     def build(self, images: ImageSpec) -> nn.Module:
         shape = (images.channels, images.resolution, images.resolution)
         layers: list[nn.Module] = []
-        for before, after in pairwise((self.latent + self.classes, *self.hidden)):
+        for before, after in pairwise((self.latent + self.clusters, *self.hidden)):
             layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(True)]
         pixels = shape[0] * shape[1] * shape[2]
         layers += [nn.Linear(self.hidden[-1], pixels), nn.Tanh(), nn.Unflatten(1, shape)]
-        return ClassGenerator(nn.Sequential(*layers), self.classes, self.spread)
+        return ClassGenerator(nn.Sequential(*layers), self.clusters, self.spread)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Discriminator(Network):
     """Sizes of the fully connected discriminator: K logits of "a real image of this class", and
     one of "fake"."""
 
-    classes: int = 10
+    clusters: int = 10
     """Clusters to find."""
     hidden: tuple[int, ...] = (512, 256)
     """Units of the hidden layers."""
@@ -73,14 +73,14 @@ class Discriminator(Network):
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in pairwise((pixels, *self.hidden)):
             layers += [nn.Linear(before, after), nn.LeakyReLU(0.2, inplace=True)]
-        return nn.Sequential(*layers, nn.Linear(self.hidden[-1], self.classes + 1))
+        return nn.Sequential(*layers, nn.Linear(self.hidden[-1], self.clusters + 1))
 
 
 @dataclass(frozen=True)
 class Encoder(Network):
     """Sizes of the E-net: K logits, the softmax of which are an image's responsibilities."""
 
-    classes: int = 10
+    clusters: int = 10
     """Clusters to find."""
     width: int = 64
     """Channels after the first of three 4x4 convolutions of stride 2, doubled with each."""
@@ -99,38 +99,5 @@ class Encoder(Network):
         for before, after in pairwise(channels):
             layers += [nn.Conv2d(before, after, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
         layers += [nn.Flatten(), nn.Linear(channels[-1] * size * size, self.hidden)]
-        layers += [nn.LeakyReLU(0.2, inplace=True), nn.Linear(self.hidden, self.classes)]
+        layers += [nn.LeakyReLU(0.2, inplace=True), nn.Linear(self.hidden, self.clusters)]
         return nn.Sequential(*layers)
-
-
-class ClassSampler(nn.Module):
-    """A generator of classes as one of latent vectors alone."""
-
-    def __init__(self, generator: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.generator = generator
-        self.classes = classes
-
-    def forward(self, z_NL: Tensor) -> Tensor:
-        """Images (N, C, H, W) from standard normal vectors: the largest of the last K values says
-        which class, so that all classes are equally likely."""
-        label_N = z_NL[:, -self.classes :].argmax(dim=1)
-        return self.generator(z_NL[:, : -self.classes], label_N)
-
-
-@dataclass(frozen=True)
-class ByClass(Network):
-    """Sizes of a generator of classes, whose latent vector names the class."""
-
-    generator: Network
-    """Sizes of the generator."""
-    classes: int = 10
-    """Its classes."""
-
-    @property
-    def latent(self) -> int:
-        """Length of the latent vector, with the values that name the class."""
-        return self.generator.latent + self.classes
-
-    def build(self, images: ImageSpec) -> nn.Module:
-        return ClassSampler(self.generator.build(images), self.classes)

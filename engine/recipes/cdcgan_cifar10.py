@@ -6,7 +6,7 @@ https://arxiv.org/abs/1802.05637, for the projection with spectral normalisation
     python -m engine.train cdcgan_cifar10
     python -m engine.sample RUN_DIR --class 7
 
-MEASURED
+Not yet trained to its end.
 """
 
 from engine.networks import cgan

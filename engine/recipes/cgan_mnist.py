@@ -6,7 +6,7 @@ loss of its most used public code (PyTorch-GAN, cgan.py), without that code's dr
     python -m engine.train cgan_mnist
     python -m engine.sample RUN_DIR --by-class
 
-MEASURED
+Not yet trained to its end.
 """
 
 from engine.networks import cgan

@@ -6,7 +6,7 @@ cut to 64.
 
     python -m engine.train sagan_celeba
 
-MEASURED
+Not yet trained to its end.
 """
 
 from engine.networks import sagan

@@ -6,7 +6,7 @@ cut to 32. Classes go into the generator's BatchNorm and a projection.
 
     python -m engine.train sagan_cifar10
 
-MEASURED
+Not yet trained to its end.
 """
 
 from engine.networks import sagan

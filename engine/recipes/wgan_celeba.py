@@ -6,7 +6,7 @@ Watch discriminator/distance, the critic's estimate of the Wasserstein distance.
 
     python -m engine.train wgan_celeba
 
-MEASURED
+Not yet trained to its end.
 """
 
 from engine.networks import dcgan

@@ -5,7 +5,7 @@ code: five critic updates for each of the generator, lambda 10, LayerNorm in the
 
     python -m engine.train wgan_gp_celeba
 
-MEASURED
+Not yet trained to its end.
 """
 
 from engine.networks import residual

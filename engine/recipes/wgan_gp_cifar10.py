@@ -7,7 +7,7 @@ batch of 128 is 64 here.
 
     python -m engine.train wgan_gp_cifar10
 
-MEASURED
+Not yet trained to its end.
 """
 
 from engine.networks import residual

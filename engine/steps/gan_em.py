@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from engine.compile import second_order
 from engine.metrics.clusters import clustering
-from engine.networks.gan_em import ByClass, ClassSampler
+from engine.networks.conditional import ByClass, Choosing
 from engine.networks.norms import statistics_kept
 from engine.networks.spec import Network
 from engine.player import Player, frozen
@@ -83,15 +83,15 @@ class ExpectationMaximisation(Algorithm):
             raise ValueError("--uniform-updates, --noise and --warp must not be negative")
         if self.r1 < 0 or self.r1_every < 1:
             raise ValueError("--r1 must not be negative, --r1-every be at least 1")
-        found = {name: player.network.classes for name, player in self.players().items()}
-        if len(set(found.values())) > 1 or self.classes < 2:
-            flags = ", ".join(f"--{name}.classes {k}" for name, k in found.items())
+        found = {name: player.network.clusters for name, player in self.players().items()}
+        if len(set(found.values())) > 1 or self.clusters < 2:
+            flags = ", ".join(f"--{name}.clusters {k}" for name, k in found.items())
             raise ValueError(f"{flags}: give all three the same number, at least 2")
 
     @property
-    def classes(self) -> int:
+    def clusters(self) -> int:
         """K, the number of clusters."""
-        return self.generator.network.classes
+        return self.generator.network.clusters
 
     def turns(self, iteration: int) -> tuple[bool, bool, bool]:
         """Whether an iteration begins with an E-step, takes responsibilities of 1/K, and takes the
@@ -114,14 +114,17 @@ class ExpectationMaximisation(Algorithm):
             first.setdefault(self.turns(iteration), iteration)
         return tuple(first.values())
 
+    def classes(self) -> int:
+        return self.clusters
+
     def latent_dim(self) -> int:
-        return self.sampler_settings().latent
+        return self.generator.network.latent + self.clusters
 
     def sampler_settings(self) -> Network:
-        return ByClass(self.generator.network, self.classes)
+        return ByClass(self.generator.network)
 
     def sampler(self, networks: Networks) -> nn.Module:
-        return ClassSampler(networks["generator"], self.classes)
+        return Choosing(networks["generator"], self.generator.network.latent)
 
     def held_out(self, networks: Networks, batch: Batch, key: Tensor) -> Values:
         """The cluster of each image, the likeliest."""
@@ -134,9 +137,9 @@ class ExpectationMaximisation(Algorithm):
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         generator, discriminator = players["generator"], players["discriminator"]
         latent = self.generator.network.latent
-        make = partial(make_fakes, stream=LATENTS, latent=latent, classes=self.classes)
+        make = partial(make_fakes, stream=LATENTS, latent=latent, clusters=self.clusters)
         punish = partial(penalised_update, weight=self.r1 / 2 * self.r1_every)
-        fool = partial(generator_update, latent=latent, classes=self.classes)
+        fool = partial(generator_update, latent=latent, clusters=self.clusters)
         e_step, assign = self._e_step(players, key), self._assign(players["encoder"])
 
         def step(batch: Batch) -> Values:
@@ -157,8 +160,10 @@ class ExpectationMaximisation(Algorithm):
         """The E-net's updates at these places of the stream; gives the last one's values."""
         generator, encoder = players["generator"], players["encoder"]
         latent = self.generator.network.latent
-        make = partial(make_fakes, stream=E_LATENTS, latent=latent, classes=self.classes)
-        recognise = partial(encoder_update, classes=self.classes, noise=self.noise, warp=self.warp)
+        make = partial(make_fakes, stream=E_LATENTS, latent=latent, clusters=self.clusters)
+        recognise = partial(
+            encoder_update, clusters=self.clusters, noise=self.noise, warp=self.warp
+        )
 
         def e_step(position_N: Tensor) -> Values:
             values: Values = {}
@@ -177,17 +182,17 @@ class ExpectationMaximisation(Algorithm):
         def assign(real_NCHW: Tensor, uniform: bool) -> Tensor:
             if uniform:
                 return torch.full(
-                    (len(real_NCHW), self.classes), 1 / self.classes, device=real_NCHW.device
+                    (len(real_NCHW), self.clusters), 1 / self.clusters, device=real_NCHW.device
                 )
             return encoder.infer(responsibilities, real_NCHW)
 
         return assign
 
 
-def labels(position_N: Tensor, classes: int) -> Tensor:
+def labels(position_N: Tensor, clusters: int) -> Tensor:
     """The class to make an image of at each place of the stream, int64 (N,): all in turn, so that a
     batch has the same number of each."""
-    return position_N % classes
+    return position_N % clusters
 
 
 def make_fakes(
@@ -198,10 +203,10 @@ def make_fakes(
     *,
     stream: int,
     latent: int,
-    classes: int,
+    clusters: int,
 ) -> Tensor:
     """G(z, c), (N, C, H, W): c by the places in the stream of images, z by those in its own."""
-    return generator(philox.normal(key, stream, place_N, latent), labels(position_N, classes))
+    return generator(philox.normal(key, stream, place_N, latent), labels(position_N, clusters))
 
 
 def responsibilities(encoder: nn.Module, images_NCHW: Tensor) -> Tensor:
@@ -273,10 +278,10 @@ def generator_update(
     position_N: Tensor,
     *,
     latent: int,
-    classes: int,
+    clusters: int,
 ) -> tuple[Tensor, Values]:
     """The generator's loss, for the fakes that the discriminator has just judged."""
-    label_N = labels(position_N, classes)
+    label_N = labels(position_N, clusters)
     fake_NCHW = generator(philox.normal(key, LATENTS, position_N, latent), label_N)
     return fooling_loss(critic(fake_NCHW), label_N), {}
 
@@ -288,12 +293,12 @@ def encoder_update(
     position_N: Tensor,
     place_N: Tensor,
     *,
-    classes: int,
+    clusters: int,
     noise: float,
     warp: float,
 ) -> tuple[Tensor, Values]:
     """-E[log E_c(G(z, c))], float32, and the share of classes recognised."""
-    label_N = labels(position_N, classes)
+    label_N = labels(position_N, clusters)
     noise_NP = philox.normal(key, NOISE, place_N, fake_NCHW[0].numel())
     seen_NCHW = warped(fake_NCHW, warp * philox.normal(key, WARPS, place_N, 6))
     logits_NK = encoder(seen_NCHW + noise * noise_NP.view_as(fake_NCHW)).float()
