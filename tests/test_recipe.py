@@ -51,6 +51,12 @@ def other_value(flag: str, value: object) -> tuple[list[str], object]:
         return ["/some/place"], Path("/some/place")
     if flag == "data.window":
         return ["1", "2"], (1, 2)
+    if flag == "data.without":
+        return ["3", "4"], (3, 4)
+    if flag == "augment":
+        return ["color", "cutout"], ("color", "cutout")
+    if flag == "loss":
+        return ["hinge"], "hinge"
     if flag == "track":
         return ["wandb", "mlflow"], ("wandb", "mlflow")
     if isinstance(value, bool):

@@ -87,7 +87,9 @@ def test_any_of_the_files_may_be_absent_or_torn(tmp_path: Path) -> None:
 def test_the_words_on_held_out_figures_are_true() -> None:
     assert held_out.IMAGES == protocol.HELD_OUT_IMAGES
     sampled = {"fid", "kid", "inception_score", "precision", "recall", "density", "coverage"}
-    assert {*LOWER, *HIGHER, "kl"} - sampled == {*protocol.HELD_OUT}
+    assert {*LOWER, *HIGHER, "kl", "score_normal", "score_anomaly"} - sampled == {
+        *protocol.HELD_OUT
+    }
 
 
 def test_what_was_measured_after_training_has_a_table_per_protocol(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_protocols_in_words() -> None:
     assert "compare it with nothing" in protocol_words({}, [])
     words = "weights as trained, split train"
     assert protocol_words({"split": "train", "ema": False}, ["fid"]) == words
-    assert "psnr (likelihood and reconstruction): " in protocol_words(PROTOCOL, ["fid", "psnr"])
+    assert "psnr: of held-out images" in protocol_words(PROTOCOL, ["fid", "psnr"])
     assert differences([PROTOCOL, PROTOCOL]) == {}
     other = {**PROTOCOL, "ema": False, "crop": 1}
     assert differences([PROTOCOL, other]) == {"ema": ["yes", "no"], "crop": ["not stated", "1"]}

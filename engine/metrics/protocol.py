@@ -5,11 +5,10 @@ import json
 from collections.abc import Container
 from dataclasses import asdict, dataclass
 
-CLUSTERS = ("accuracy", "nmi")
 HELD_OUT = (
     *("elbo", "nll", "reconstruction", "kl", "bits_per_dim", "psnr", "ssim", "lpips"),
     *("auroc", "auroc_pixels", "auroc_features", "score_normal", "score_anomaly"),
-    *CLUSTERS,
+    *("accuracy", "nmi"),
 )
 """Figures of `engine.metrics.held_out`, which have images of their own."""
 HELD_OUT_IMAGES = 10_000
@@ -49,12 +48,9 @@ def held_out_words(names: Container[str]) -> str:
     there = [name for name in HELD_OUT if name in names]
     if not there:
         return ""
-    what = "likelihood, reconstruction, anomalies):"
-    if set(there) <= set(CLUSTERS):
-        what = "clusters against classes):"
     return (
-        f"{', '.join(there)} ({what} of held-out images, at most "
-        f"{HELD_OUT_IMAGES:,} of the test split in a fixed order"
+        f"{', '.join(there)}: of held-out images, at most {HELD_OUT_IMAGES:,} of the test split in "
+        f"a fixed order"
     )
 
 
