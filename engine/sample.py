@@ -12,6 +12,7 @@ checkpoint and seed as metadata.
     python -m engine.sample RUN_DIR --traverse                        (one row per latent)
     python -m engine.sample RUN_DIR --class 7      (--by-class: a row of each; conditional models)
     python -m engine.sample RUN_DIR --anomaly                         (anogan_mnist)
+    python -m engine.sample RUN_DIR --attention                       (self-attention GANs)
 
 Shapes: N images, C channels, H height, W width, L latent.
 """
@@ -25,9 +26,9 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine import anomalies, pictures
+from engine import anomalies, attention, pictures
 from engine.checkpoint import CheckpointError
 from engine.exported import is_export, open_export
 from engine.latents import walk
@@ -99,6 +100,8 @@ class Command:
     anomaly: bool = False
     """For anomaly detectors: held-out images, first normal ones and then of the classes that were
     left out of training, over their reconstructions and heat maps; their scores are printed."""
+    attention: bool = False
+    """For self-attention GANs: samples beside maps of where marked places look."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
     checkpoint: int | Literal["best"] | None = None
@@ -262,12 +265,25 @@ def _write(picture: Image.Image, path: Path, what: str, origin: Origin) -> None:
     say(f"wrote {path}{replaced}: {what}")
 
 
+def draw_attention(command: Command, trained: Trained) -> None:
+    """Samples beside maps of where their self-attention looks."""
+    count, network = command.num or 6, trained.networks.get("generator", nn.Module())
+    attention.layer_of(network)
+    check_size(trained, count * attention.COLUMNS, "--num")
+    z_NL = trained.latents(command.seed, torch.arange(count))
+    picture_N3HW = attention.drawn(network, lambda: trained.forward(z_NL)).cpu()
+    what = f"{count} samples, and what the marked places take from where"
+    origin = trained.origin(command.seed, composite=True)
+    _write(pictures.grid(picture_N3HW, attention.COLUMNS), command.out, what, origin)
+
+
 Draw = Callable[[Command, Any], None]  # the second is a Model; some need a Trained
 KINDS: dict[str, tuple[Draw, str]] = {
     "interpolate": (draw_walk, "walk.png"),
     "reconstruct": (draw_reconstructions, "reconstruction.png"),
     "traverse": (draw_traversal, "traversal.png"),
     "anomaly": (draw_anomalies, "anomaly.png"),
+    "attention": (draw_attention, "attention.png"),
 }
 
 
@@ -319,6 +335,7 @@ def open_model(command: Command) -> Model:
     for flag, given, reason in (
         ("--reconstruct", command.reconstruct, only_latents),
         ("--traverse", command.traverse, only_latents),
+        ("--attention", command.attention, only_latents),
         ("--anomaly", command.anomaly, only_latents),
         ("--checkpoint", command.checkpoint is not None, single),
         ("--no-ema", not command.ema, single),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine import attention
 from engine import recipe as recipes
 from engine.augment import augment, color, cut_out, translate
 from engine.losses import ADVERSARIES
@@ -277,3 +278,16 @@ def test_sizes_of_sagan_at_128():
             critic += conv(b, b, 3) + conv(b, a, 3) + conv(b, a, 1)
     critic += 2 * conv(1024, 1024, 3) + linear(1024, 1)
     assert count(sagan.Discriminator(), 3, 128) == critic
+
+
+def test_maps_show_what_a_place_takes():
+    generator = sagan.Generator(latent=6, width=4).build(ImageSpec(3, 16)).eval()
+    z_NL, made = torch.randn(2, 6), []
+    picture = attention.drawn(generator, lambda: made.append(generator(z_NL)) or made[0])
+    assert picture.shape == (2 * attention.COLUMNS, 3, 16, 16)
+    assert picture.min() >= -1 and picture.max() <= 1
+    assert torch.equal(picture[:: attention.COLUMNS], made[0])
+    down, right = (int(16 * share) for share in attention.ASKING[0])
+    assert picture[1, :, down, right].tolist() == [-1, 1, -1]
+    with pytest.raises(ValueError, match="--attention is for self-attention GANs"):
+        attention.layer_of(nn.Linear(1, 1))
