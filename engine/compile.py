@@ -45,6 +45,9 @@ class Compiler:
         if fn not in self._compiled:
             compiled = torch.compile(fn, fullgraph=True, dynamic=False)
             self._compiled[fn] = _unsplit(compiled) if _second_order(fn) else compiled
+            # Dynamo wraps every partial in one and the same code, whose graphs it limits to 8.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 8 + len(self._compiled))
         return self._compiled[fn]
 
     def fall_back(self, reason: str) -> None:

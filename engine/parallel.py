@@ -131,6 +131,13 @@ class Alone:
             self.optimizer.state[p] = self.optimizer.fresh(p)
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Bring the optimizer's state, where it has any, back to that before a first step."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    @torch.no_grad()
     def clamp(self, bound: float) -> None:
         """Clip every trained value to [-bound, bound]."""
         stepped = self._stepped()

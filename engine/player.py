@@ -54,7 +54,7 @@ class Player:
         self.bad_losses = torch.zeros((), device=clock.device)
         self.bad_gradients = torch.zeros((), device=clock.device)
         self.rehearsing = False
-        self.stride = 1  # iterations from one update to the next, for the average
+        self.stride: float = 1  # iterations from one update to the next, for the average
         self._gathered: nn.Module | None = None
 
     def _attach_optimizer(self, settings: PlayerSettings) -> None:
@@ -122,6 +122,11 @@ class Player:
         """Clip every parameter to [-bound, bound]."""
         if not self.rehearsing:
             self.shared.clamp(bound)
+
+    def restart(self) -> None:
+        """Have the optimizer forget what it has seen: its state is as before a first step."""
+        if not self.rehearsing:
+            self.shared.restart()
 
     def _micro_update(self, loss_fn: Callable, part: tuple, parts: int, last: bool) -> Values:
         """Forward and backward of one micro-batch of so many; the loss and the values."""
