@@ -19,7 +19,9 @@ from engine.start import Training, begin
 from engine.train import loop
 from pipelines.datasets import find
 
-FLAGS = "--data.name synthetic --data.batch 4 --compile off --device cpu --steps 9999 --sync-bn off"
+FLAGS = (
+    "--data.name synthetic --data.batch 8 --compile off --device cpu --steps 999999 --sync-bn off"
+)
 QUIET = "--log-every 99 --sample-every 99 --checkpoint-every 99 --metrics.every-kimg 0"
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 COLLECTIVES += ("broadcast", "all_gather_object", "broadcast_object_list", "barrier")

@@ -46,7 +46,7 @@ def trained(mode: str, dtype: str, steps: int, cases: tuple[str, ...], ranks: in
 def distance(a: Path, b: Path, case: str) -> float:
     """The largest difference of any tensor."""
     one, two = (safetensors.torch.load_file(p / f"{case}.safetensors") for p in (a, b))
-    assert one.keys() == two.keys() and any("_avg" in name for name in one)
+    assert one.keys() == two.keys() and any("exp_avg" in name for name in one)
     return max((one[name] - two[name]).abs().max().item() for name in one)
 
 

@@ -260,7 +260,7 @@ def test_accelerate_launches_two_ranks_in_its_precision_and_way(kind, way, tmp_p
         text=True,
         cwd=ROOT,
         env=with_one_thread(),
-        timeout=240,
+        timeout=500,
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
