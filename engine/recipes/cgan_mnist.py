@@ -6,7 +6,9 @@ loss of its most used public code (PyTorch-GAN, cgan.py), without that code's dr
     python -m engine.train cgan_mnist
     python -m engine.sample RUN_DIR --by-class
 
-Not yet trained to its end.
+Measured, short of its full length: by eye every row is its digit, with ragged strokes and a few
+spoilt ones, after 150,000 images, in 117 s on one thread of 2 shared cores of an Intel Xeon
+without GPU, --compile off.
 """
 
 from engine.networks import cgan
