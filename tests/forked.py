@@ -4,10 +4,12 @@ of importing are spent once. A rank finds its place as under torchrun, without t
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
 
+from pipelines.workers import SIGNALS, shielded
 from tests.runs import ROOT, environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -24,7 +26,8 @@ class Run:
         variables = {name: str(value) for name, value in place.items()} if ranks > 1 else {}
         variables |= {"MASTER_ADDR": "127.0.0.1"} | environment(**extra)
         self._process = CONTEXT.Process(target=_run, args=(arguments, log, variables))
-        self._process.start()
+        with shielded():  # the fork server is the process's only one: it may serve a pipeline too
+            self._process.start()
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -41,6 +44,7 @@ class Run:
 
 def _run(arguments: tuple[str, ...], log: str, variables: dict[str, str]) -> None:
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
