@@ -177,8 +177,9 @@ def _check_player(name: str, player: PlayerSettings) -> None:
     for f in fields(player.network):
         value = getattr(player.network, f.name)
         sizes = value if isinstance(value, tuple) else (value,)
-        if any(type(v) is int and v < (f.name != "classes") for v in sizes):
-            raise ValueError(f"--{name}.{f.name} {value} is no size: give at least 1")
+        least = 0 if f.name == "classes" else 1
+        if any(type(v) is int and v < least for v in sizes):
+            raise ValueError(f"--{name}.{f.name} {value} is no size: give at least {least}")
     optimizer = player.optimizer
     if not optimizer.lr > 0:
         raise ValueError(f"--{name}.lr {optimizer.lr} must be positive")

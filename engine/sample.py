@@ -43,6 +43,7 @@ from engine.trained import Model, Trained, open_run
 from engine.verb import exit_code, say, warn
 from engine.whole import check_place
 from pipelines.datasets import BadImage, DatasetMissing, NoSplit
+from pipelines.settings import Data as RunData
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST = 1 << 25  # pixels of a picture: float images and their copies then stay below 2 GB
@@ -113,14 +114,19 @@ class Command:
     data: Data = field(default_factory=Data)
 
 
+def found(trained: Trained, data: Data) -> RunData:
+    """The run's data settings, with where the dataset lies now."""
+    place = {k: v for k, v in vars(data).items() if v is not None}
+    return replace(trained.recipe.data, **place)
+
+
 def dataset_images(trained: Trained, data: Data, seed: int, count: int) -> tuple[Tensor, str]:
     """Up to `count` images (N, C, H, W) of the run's dataset, on the host, and which they are.
 
     Held-out ones, or training images where the dataset has no others.
     """
-    place = {k: v for k, v in vars(data).items() if v is not None}
     try:
-        return originals(replace(trained.recipe.data, **place), seed, count)
+        return originals(found(trained, data), seed, count)
     except DatasetMissing as error:
         reason = str(error).split("\n")[0]
         raise SampleError(f"{reason}; --data.root or --data.path says where it is") from error
@@ -243,15 +249,14 @@ def draw_anomalies(command: Command, trained: Trained) -> None:
         raise ValueError(f"--anomaly is for detectors such as anogan_mnist, not {trained.name}")
     columns = max((command.num or 16) // 2, 1)
     check_size(trained, 6 * columns, "--num")
-    place = {k: v for k, v in vars(command.data).items() if v is not None}
-    data, rows_NCHW = replace(trained.recipe.data, **place), []
+    rows_NCHW, data = [], found(trained, command.data)
     groups = anomalies.normal_and_anomalous(data, command.seed, columns)
     for group in groups:
         images_NCHW = group.images_NCHW.to(trained.device)
         with torch.no_grad():
             made_NCHW = step.reconstruct(networks, images_NCHW)
             heat_N1HW = step.heat(networks, images_NCHW)
-            score_N = step.scores(networks, images_NCHW)
+            score_N = step.scores(networks, images_NCHW)["score"]
         rows_NCHW.append(anomalies.columns_of(images_NCHW, made_NCHW, heat_N1HW).cpu())
         say(f"scores, {group.name}: " + " ".join(f"{score:.3f}" for score in score_N.tolist()))
     picture = pictures.grid(torch.cat(rows_NCHW), len(groups[0].images_NCHW))

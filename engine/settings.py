@@ -204,15 +204,13 @@ class Algorithm:
         """Named figures per image (N,) on a held-out batch; empty where the family has none."""
         return {}
 
-    def summarise(self, values: "Values", labels_N: Tensor | None) -> dict[str, float]:
+    def summarise(
+        self, values: "Values", labels_N: Tensor | None, without: tuple[int, ...] = ()
+    ) -> dict[str, float]:
         """Figures of a held-out set from what `held_out` gave for all of its images, (N,) float64
-        by name on the host, and their classes; here the means."""
+        by name on the host, and their classes; here the means. without: classes that were left out
+        of training."""
         return {name: float(value_N.mean()) for name, value_N in values.items()}
-
-    def told_apart(self, values: "Values", unseen_N: Tensor) -> dict[str, float]:
-        """Figures of how held-out images of the classes that were left out of training, bool (N,),
-        differ from the others in what `held_out` gave; here none."""
-        return {}
 
 
 @dataclass(frozen=True)

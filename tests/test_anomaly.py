@@ -116,7 +116,7 @@ def test_figures_are_of_the_classes_left_out():
     step = load("anogan_mnist").step
     values = {n: torch.tensor([0.1, 0.2, 0.3, 0.9]).double() for n in ("score", "pixels")}
     values["features"] = -values["score"]
-    found = step.told_apart(values, torch.tensor([False, True, False, True]))
+    found = step.summarise(values, torch.tensor([7, 8, 7, 8]), (8,))
     assert found == pytest.approx(
         {
             "auroc": 0.75,
@@ -126,7 +126,7 @@ def test_figures_are_of_the_classes_left_out():
             "score_anomaly": 0.55,
         }
     )
-    assert step.told_apart(values, torch.zeros(4, dtype=torch.bool)) == {}
+    assert step.summarise(values, torch.full((4,), 7), (8,)) == {}
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_heat_is_the_distance_of_each_pixel():
         made = networks["generator"](networks["encoder"](x))
         torch.testing.assert_close(heat, (x - made).abs())
         pixels, features, _ = differences(**networks, images_NCHW=x)
-        torch.testing.assert_close(step.scores(networks, x), pixels + features)
+        torch.testing.assert_close(step.scores(networks, x)["score"], pixels + features)
 
 
 def test_other_models_have_no_heat_maps(tmp_path, capsys):

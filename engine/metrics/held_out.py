@@ -87,10 +87,8 @@ class HeldOut:
         whole = {name: torch.cat([values[name] for values, _ in parts]) for name in own}
         labels_N = whole.pop(LABELS, None)
         doubles = {name: value_N.double() for name, value_N in whole.items()}
-        figures = self.recipe.step.summarise(doubles, labels_N) if doubles else {}
-        if labels_N is not None and (left_out := self.recipe.data.without):
-            unseen_N = torch.isin(labels_N, torch.tensor(left_out))
-            figures |= self.recipe.step.told_apart(doubles, unseen_N)
+        step, without = self.recipe.step, self.recipe.data.without
+        figures = step.summarise(doubles, labels_N, without) if doubles else {}
         sums = [sums for _, sums in parts]
         return figures | {k: sum(part[k] for part in sums) / total for k in sums[0]}
 

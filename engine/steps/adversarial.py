@@ -32,7 +32,7 @@ from pipelines.batch import Batch
 
 LATENTS = 1  # noise streams; 2 to 4 are those of pictures, samples, metrics
 MIXING, REAL, FAKE, FOOLING = 5, 6, 7, 8
-SLOW, EARLY, LONG, AGAIN = 100, 25, 500, 2500  # of critic_warmup
+SLOW, EARLY, LONG = 100, 25, 500  # of critic_warmup
 
 Kinds = tuple[Kind, ...]
 Loss = Literal["nonsaturating", "minimax", "hinge", "least-squares", "wasserstein"]
@@ -88,10 +88,10 @@ class Adversarial(Algorithm):
         return math.lcm(self.critic_updates, self.r1_every if self.r1 else 1)
 
     def settles(self) -> int:
-        return AGAIN if self.critic_warmup else 0
+        return EARLY * SLOW if self.critic_warmup else 0
 
     def kinds(self) -> tuple[int, ...]:
-        fooling = next(i for i in range(AGAIN) if self.generator_learns(i))
+        fooling = (SLOW if self.critic_warmup else self.critic_updates) - 1
         return tuple(sorted({0, fooling, *((1,) if self.r1 else ())}))
 
     def generator_learns(self, iteration: int) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.compile import second_order
+from engine.losses import critic_generator_loss, wasserstein_critic_loss
 from engine.metrics.auroc import auroc
 from engine.networks.spec import Network
 from engine.penalties import gradient_penalty
@@ -89,10 +90,11 @@ class Anomaly(Algorithm):
     def reconstruct(self, networks: Networks, images_NCHW: Tensor) -> Tensor:
         return self.decode(networks, networks["encoder"](images_NCHW))
 
-    def scores(self, networks: Networks, images_NCHW: Tensor) -> Tensor:
-        """The anomaly score of each image, (N,)."""
+    def scores(self, networks: Networks, images_NCHW: Tensor) -> Values:
+        """The anomaly score of each image and its two parts, (N,) each."""
         pixels_N, features_N, _ = differences(**networks, images_NCHW=images_NCHW)
-        return pixels_N + self.kappa * features_N
+        score_N = pixels_N + self.kappa * features_N
+        return {"score": score_N, "pixels": pixels_N, "features": features_N}
 
     def heat(self, networks: Networks, images_NCHW: Tensor) -> Tensor:
         """|x - G(E(x))| of each pixel, the mean over channels, (N, 1, H, W) in [0, 2]: where in an
@@ -101,15 +103,16 @@ class Anomaly(Algorithm):
         return (images_NCHW - made_NCHW).abs().mean(1, keepdim=True)
 
     def held_out(self, networks: Networks, batch: Batch, key: Tensor) -> Values:
-        pixels_N, features_N, _ = differences(**networks, images_NCHW=batch.images_NCHW)
-        score_N = pixels_N + self.kappa * features_N
-        return {"score": score_N, "pixels": pixels_N, "features": features_N}
+        return self.scores(networks, batch.images_NCHW)
 
-    def summarise(self, values: Values, labels_N: Tensor | None) -> dict[str, float]:
-        """None: a mean over normal images and anomalies says little."""
-        return {}
-
-    def told_apart(self, values: Values, unseen_N: Tensor) -> dict[str, float]:
+    def summarise(
+        self, values: Values, labels_N: Tensor | None, without: tuple[int, ...] = ()
+    ) -> dict[str, float]:
+        """How well the classes that were left out are told from the others, where there are both:
+        a mean over all would say little."""
+        if labels_N is None:
+            return {}
+        unseen_N = torch.isin(labels_N, torch.tensor(without))
         if unseen_N.all() or not unseen_N.any():
             return {}
         score_N = values["score"]
@@ -164,21 +167,20 @@ def critic_update(
 ) -> tuple[Tensor, Values]:
     """E[D(G(z))] - E[D(x)] + lambda E[(||grad D|| - 1)^2] (Gulrajani et al. 2017, equation 3), and
     its parts: the critic's estimate of the Wasserstein distance, and the penalty."""
-    both_N = critic(torch.cat([real_NCHW, fake_NCHW.to(real_NCHW)])).float()
-    real_N, fake_N = both_N.chunk(2)
-    distance = real_N.mean() - fake_N.mean()
+    both_N = critic(torch.cat([real_NCHW, fake_NCHW.to(real_NCHW)]))
+    loss = wasserstein_critic_loss(*both_N.chunk(2))
     alpha_N = philox.uniform(key, MIXTURE, position_N, 1)[:, 0]
     punished = gradient_penalty(critic, real_NCHW, fake_NCHW, alpha_N)
-    values = {"distance": distance.detach(), "penalty": punished.detach()}
-    return penalty * punished - distance, values
+    values = {"distance": -loss.detach(), "penalty": punished.detach()}
+    return loss + penalty * punished, values
 
 
 def generator_update(
     generator: nn.Module, critic: nn.Module, key: Tensor, position_N: Tensor, *, latent: int
 ) -> tuple[Tensor, Values]:
     """-E[D(G(z))] (Gulrajani et al. 2017, algorithm 1), for the fakes just judged."""
-    fake_NCHW = generator(philox.normal(key, LATENTS, position_N, latent))
-    return -critic(fake_NCHW).float().mean(), {}
+    fake_NCHW = make_fakes(generator, key, position_N, latent=latent)
+    return critic_generator_loss(critic(fake_NCHW)), {}
 
 
 def differences(

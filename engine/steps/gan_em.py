@@ -130,7 +130,9 @@ class ExpectationMaximisation(Algorithm):
         """The cluster of each image, the likeliest."""
         return {"cluster": networks["encoder"](batch.images_NCHW).argmax(dim=1)}
 
-    def summarise(self, values: Values, labels_N: Tensor | None) -> dict[str, float]:
+    def summarise(
+        self, values: Values, labels_N: Tensor | None, without: tuple[int, ...] = ()
+    ) -> dict[str, float]:
         """How well clusters agree with classes, where the dataset has any."""
         return {} if labels_N is None else clustering(values["cluster"].long(), labels_N)
 
@@ -281,9 +283,11 @@ def generator_update(
     clusters: int,
 ) -> tuple[Tensor, Values]:
     """The generator's loss, for the fakes that the discriminator has just judged."""
-    label_N = labels(position_N, clusters)
-    fake_NCHW = generator(philox.normal(key, LATENTS, position_N, latent), label_N)
-    return fooling_loss(critic(fake_NCHW), label_N), {}
+    places = (position_N, position_N)
+    fake_NCHW = make_fakes(
+        generator, key, *places, stream=LATENTS, latent=latent, clusters=clusters
+    )
+    return fooling_loss(critic(fake_NCHW), labels(position_N, clusters)), {}
 
 
 def encoder_update(
