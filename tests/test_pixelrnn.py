@@ -13,14 +13,17 @@ from engine import recipe as recipes
 from engine import session, world
 from engine.compile import Compiler
 from engine.describe import parameters
+from engine.export.__main__ import main as export
 from engine.networks.pixelrnn import Drawing, PixelRNN, RowLSTM, Sampler, lstm
 from engine.networks.spec import ImageSpec
 from engine.precision import Precision
+from engine.sample import main as sample
 from engine.session import build_networks
 from engine.steps.autoregressive import binarise, nll
 from kernels import philox
 from pipelines.batch import Batch
-from tests.runs import toy
+from tests.forked import train
+from tests.runs import QUICK, toy
 
 CPU = torch.device("cpu")
 SMALL = PixelRNN(layers=3, hidden=4, head=5)
@@ -258,3 +261,14 @@ def test_a_sampler_is_rebuilt_from_its_sizes():
         assert torch.equal(twin(z_NL), sampler(z_NL))
     assert small.step.sampler_settings() == Drawing(small.step.model.network)
     assert replace(small.step, latent=4).latent_dim() == 4
+
+
+def test_an_export_has_the_one_form_that_a_loop_fits_in(tmp_path, capsys):
+    flags = [*toy("pixelrnn_mnist", 8)[1], *QUICK, "--steps", "1", "--runs", str(tmp_path)]
+    train("pixelrnn_mnist", *flags, "--run", "r")
+    run = str(tmp_path / "pixelrnn_mnist" / "r")
+    assert export([run]) == 0
+    assert "safetensors alone: pixelrnn_mnist draws in a loop" in capsys.readouterr().out
+    assert sample([f"{run}/export", "--num", "4", "--out", str(tmp_path / "grid.png")]) == 0
+    assert export([run, "--formats", "onnx"]) == 2
+    assert "give --formats safetensors" in capsys.readouterr().err

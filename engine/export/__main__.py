@@ -20,7 +20,7 @@ from engine.checkpoint import CheckpointError
 from engine.export.folder import check_target, write_export
 from engine.export.source import ExportError
 from engine.run import RunError
-from engine.trained import open_run
+from engine.trained import Trained, open_run
 from engine.verb import exit_code, say, warn
 
 FAILURES = (ExportError, RunError, CheckpointError, OSError)
@@ -43,7 +43,7 @@ class Command:
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
     formats: tuple[Form, ...] | None = None
-    """Forms to write; default: all, ONNX if its packages are installed."""
+    """Forms to write; default: all that the model can take, ONNX if its packages are installed."""
 
 
 def choose_forms(asked: tuple[Form, ...] | None) -> list[Form]:
@@ -62,12 +62,24 @@ def choose_forms(asked: tuple[Form, ...] | None) -> list[Form]:
     return chosen
 
 
+def leave_out(forms: list[Form], asked: tuple[Form, ...] | None, trained: Trained) -> list[Form]:
+    """The forms that the run's sampler can take. Raises ValueError if another is asked for."""
+    if trained.recipe.step.sampler_settings().traceable or forms == ["safetensors"]:
+        return forms
+    reason = f"{trained.name} draws in a loop, which ONNX and torch.export would unroll"
+    if asked:
+        raise ValueError(f"{reason}: give --formats safetensors")
+    say(f"safetensors alone: {reason}")
+    return ["safetensors"]
+
+
 def run_command(command: Command) -> None:
     """Check, load, write. Raises ValueError for a wrong command, FAILURES for the rest."""
     forms = choose_forms(command.formats)
     target = (command.out or command.run_dir / "export").resolve()
     check_target(target)
     trained = open_run(command.run_dir, command.checkpoint, command.ema, "cpu", warn)
+    forms = leave_out(forms, command.formats, trained)
     weights = "moving average of the weights" if trained.averaged else "weights as trained"
     say(f"{trained.name} at {trained.images:,} images, {weights}")
     write_export(trained, command.run_dir, forms, target, say)

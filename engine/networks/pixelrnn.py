@@ -14,6 +14,7 @@ K taps times features.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -232,7 +233,9 @@ class PixelRNN(Network):
 
 @dataclass(frozen=True)
 class Drawing(Network):
-    """Sizes of what draws a PixelRNN's images from latent vectors."""
+    """Sizes of what draws a PixelRNN's images from latent vectors, pixel by pixel."""
+
+    traceable: ClassVar[bool] = False
 
     model: Network
     """Sizes of the PixelRNN."""

@@ -26,6 +26,9 @@ class Network:
     """Classes that its module is given as its second input, int64 (N,); a subclass whose module is
     makes it a field."""
 
+    traceable: ClassVar[bool] = True
+    """Whether the module is one graph of a sensible size, for ONNX and torch.export."""
+
     def build(self, images: ImageSpec) -> nn.Module:
         """The module with fresh parameters; raises ValueError where the sizes do not fit."""
         raise NotImplementedError
