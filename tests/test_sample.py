@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import sample
+from engine import latents, originals, pictures, sample
+from engine.trained import Trained, open_run
 from engine.whole import write_whole
 from tests.trained import refused_by, trained
 
@@ -90,8 +91,8 @@ def test_an_image_depends_on_seed_and_number_alone(gan: Path) -> None:
 
 
 def test_samples_are_those_of_the_average_unless_told_otherwise(gan: Path) -> None:
-    z_NL = sample.open_run(gan).latents(0, torch.arange(3))
-    average, raw = (sample.open_run(gan, ema=ema) for ema in (True, False))
+    z_NL = open_run(gan).latents(0, torch.arange(3))
+    average, raw = (open_run(gan, ema=ema) for ema in (True, False))
     assert average.averaged and not raw.averaged
     a, b = (t.networks["generator"].state_dict() for t in (average, raw))
     assert not torch.equal(a["1.weight"], b["1.weight"])
@@ -101,11 +102,10 @@ def test_samples_are_those_of_the_average_unless_told_otherwise(gan: Path) -> No
 
 def test_pictures_of_training_can_be_made_again(gan: Path) -> None:
     """Rebuilt networks give the very grid that the run itself showed at its end."""
-    from engine import pictures
     from engine.snapshot import SAMPLES
     from kernels import philox
 
-    trained = sample.open_run(gan)
+    trained = open_run(gan)
     z_NL = philox.normal(philox.make_key(0), SAMPLES, torch.arange(4), 6)
     picture = np.asarray(pictures.grid(next(trained.decode(z_NL, 4))))
     shown = np.asarray(Image.open(gan / "samples/000000064.png"))
@@ -169,7 +169,7 @@ def test_a_walk_is_a_strip_and_an_animation(gan: Path) -> None:
 
 def test_a_walk_goes_through_its_stops_and_stays_on_their_shell() -> None:
     z_NL = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
-    path_NL = sample.walk(z_NL, 5)
+    path_NL = latents.walk(z_NL, 5)
     assert torch.allclose(path_NL[::5], z_NL, atol=1e-5)
     assert (path_NL.norm(dim=1) / 20 - 1).abs().max() < 0.15
     assert (path_NL - path_NL.roll(1, 0)).norm(dim=1).max() < 10
@@ -187,7 +187,7 @@ def test_originals_stand_over_reconstructions() -> None:
         torch.arange(5.0).view(5, 1, 1, 1),
         torch.arange(10.0, 15).view(5, 1, 1, 1),
     )
-    rows = sample.rows_over_rows(above_NCHW, below_NCHW, 3).flatten().tolist()
+    rows = originals.rows_over_rows(above_NCHW, below_NCHW, 3).flatten().tolist()
     assert rows == [0, 1, 2, 10, 11, 12, 3, 4, -1, 13, 14, -1]
 
 
@@ -204,13 +204,13 @@ def test_traversal(vae: Path, gan: Path, capsys: pytest.CaptureFixture) -> None:
 def test_many_images_to_single_files(gan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory does not grow with --num: no more than one batch is held."""
     largest = []
-    save = sample.pictures.save_each
+    save = pictures.save_each
 
     def watch(images_NCHW: torch.Tensor, *others) -> None:
         largest.append(len(images_NCHW))
         save(images_NCHW, *others)
 
-    monkeypatch.setattr(sample.pictures, "save_each", watch)
+    monkeypatch.setattr(pictures, "save_each", watch)
     assert run(gan, "--num", 300, "--each", "deep/er", "--batch", 100) == 0
     assert largest == [100, 100, 100]
     assert sorted(p.name for p in Path("deep/er").iterdir())[-1] == "00299.png"
@@ -315,7 +315,5 @@ def test_where_the_dataset_lies_can_be_said_anew(
 
 
 def test_a_diverged_run_is_named(copy: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(
-        sample.Trained, "samples", lambda *_: iter([torch.full((2, 1, 8, 8), torch.nan)])
-    )
+    monkeypatch.setattr(Trained, "samples", lambda *_: iter([torch.full((2, 1, 8, 8), torch.nan)]))
     assert "not a number" in refused(capsys, 1, copy, "--each", "broken")
