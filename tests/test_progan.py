@@ -11,7 +11,8 @@ from engine import session
 from engine.compile import Compiler
 from engine.describe import parameters
 from engine.networks import progan
-from engine.networks.progan import STEPS, Conv2d, Grown, Linear, blend, deviation, faded, pixel_norm
+from engine.networks.equalised import Conv2d, Linear, deviation, pixel_norm
+from engine.networks.progan import STEPS, Grown, blend, faded
 from engine.networks.spec import ImageSpec
 from engine.recipe import check, load
 from engine.session import Session
