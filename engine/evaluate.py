@@ -2,6 +2,7 @@
 
     python -m engine.evaluate RUN_DIR                         all metrics of its newest checkpoint
     python -m engine.evaluate RUN_A RUN_B --checkpoint best   side by side, under one protocol
+    python -m engine.evaluate RUN_DIR --augmentation          do its samples teach a classifier?
     python -m engine.evaluate --real DIR --fake DIR           anybody's generator
     python -m engine.evaluate --real DIR --fake DIR --paired  PSNR and SSIM by file name
 
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.checkpoint import CheckpointError
+from engine.metrics.augmentation import Augmentation, AugmentationEvaluator
 from engine.metrics.evaluator import Evaluation, Evaluator
 from engine.metrics.folders import Folders
 from engine.metrics.protocol import Protocol, differences, held_out_words
@@ -66,6 +68,10 @@ class Command:
     """With --real and --fake: compare the images of the same name (PSNR, SSIM, LPIPS)."""
     resize: int | None = None
     """With --real and --fake: bring all images to so many pixels square first."""
+    teaches: Annotated[bool, tyro.conf.arg(name="augmentation")] = False
+    """For class-conditional runs, in place of the other figures: the accuracy on held-out images of
+    classifiers that learnt from real images, from these and samples, and from samples alone."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
     checkpoint: Choice = None
     """Images seen at the checkpoint to take, or `best`; default: the newest whole one."""
     ema: bool = True
@@ -82,7 +88,7 @@ def evaluate_runs(command: Command) -> dict[str, Any]:
     """All figures of the runs by name, protocols compared before anything is measured."""
     device = choose_device(command.device)
     ranks = Ranks(0, 0, 1, device)
-    ready: dict[str, tuple[Path, Trained, Evaluator]] = {}
+    ready: dict[str, tuple[Path, Trained, Evaluator | AugmentationEvaluator]] = {}
     for name, folder in _names(command.run_dirs).items():
         trained = open_run(folder, command.checkpoint, command.ema, command.device, warn)
         place = {k: v for k, v in vars(command.data).items() if v is not None}
@@ -91,7 +97,11 @@ def evaluate_runs(command: Command) -> dict[str, Any]:
             metrics=command.metrics,
             data=replace(trained.recipe.data, **place),
         )
-        ready[name] = folder, trained, Evaluator(recipe, ranks, say)
+        if command.teaches:
+            evaluator = AugmentationEvaluator(recipe, command.augmentation, device, say)
+        else:
+            evaluator = Evaluator(recipe, ranks, say)
+        ready[name] = folder, trained, evaluator
     refuse_mixed({name: e.protocol(t.averaged) for name, (_, t, e) in ready.items()})
     results = {}
     for name, (folder, trained, evaluator) in ready.items():
@@ -189,6 +199,12 @@ def check(command: Command) -> None:
     for flag, value in (("--paired", command.paired), ("--resize", command.resize)):
         if value and not command.real:
             raise ValueError(f"{flag} is for --real and --fake")
+    if command.teaches and command.real:
+        raise ValueError("--augmentation is for runs: leave --real and --fake out")
+    if command.augmentation != Augmentation() and not command.teaches:
+        raise ValueError("--augmentation.* are settings of --augmentation: give it too")
+    if command.augmentation.steps < 1:
+        raise ValueError("--augmentation.steps must be at least 1")
     if command.data.name and not command.real:
         raise ValueError("--data.name is for --real and --fake; a run knows its dataset")
     if command.resize is not None and command.resize < 8:

@@ -11,7 +11,7 @@ from engine import checkpoint
 from engine.evaluate import main as evaluate
 from engine.metrics import schedule
 from engine.metrics.evaluator import Evaluation
-from engine.metrics.protocol import Protocol
+from engine.metrics.protocol import FeatureProtocol
 from engine.metrics.schedule import Schedule
 from engine.train import main
 from tests.checkpoints import started
@@ -145,7 +145,7 @@ def test_preparing_the_metrics_is_no_part_of_their_share(tmp_path, monkeypatch):
     clock = [0.0]
 
     class Slow:
-        protocol = Protocol("", "", "", "", "", "", 1, 1, False, 0)
+        protocol = FeatureProtocol("", "", "", "", "", "", 1, 1, False, 0)
 
         def __init__(self, *_):
             clock[0] += 100

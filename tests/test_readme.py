@@ -120,6 +120,9 @@ def test_a_command_for_runs_and_images_runs(line, tmp_path, monkeypatch, weights
         if "--real" in words and "--metrics.weights" in words:
             images(tmp_path / "samples", 300, (20, 20), 1)
         words += [*FEW, "--metrics.weights", weights]
+        if "--augmentation" in words:
+            words += ["--augmentation.real", "20", "--augmentation.generated", "20"]
+            words += ["--augmentation.steps", "2"]
     assert VERBS[verb](words) == 0
 
 

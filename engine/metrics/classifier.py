@@ -137,16 +137,16 @@ def _make(
         network = Classifier(dataset.fit.channels, dataset.fit.resolution, len(names))
         network.to(device, memory_format=torch.channels_last)
         images_NCHW, rows = decode(dataset, data, train_rows)
-        _train(network, images_NCHW, targets(dataset)[rows], device)
+        fit(network, images_NCHW, targets(dataset)[rows], *_length(len(rows)))
     images_NCHW, rows = decode(test_set, data, test_rows)
-    accuracy = _accuracy(network, images_NCHW, targets(test_set)[rows], device)
+    right = accuracy(network, images_NCHW, targets(test_set)[rows])
     about = {
         "dataset": data.name,
         "channels": dataset.fit.channels,
         "resolution": dataset.fit.resolution,
         "classes": list(names),
         "exclusive": dataset.attributes is None,
-        "accuracy": round(accuracy, 4),
+        "accuracy": round(right, 4),
         "trained_on": len(rows),
     }
     state = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
@@ -154,7 +154,7 @@ def _make(
     write_synced(scratch, safetensors.torch.save(state, {"classifier": json.dumps(about)}))
     scratch.rename(path)
     seconds = time.monotonic() - began
-    say(f"the classifier is right on {accuracy:.1%} of held-out images ({seconds:.0f} s): {path}")
+    say(f"the classifier is right on {right:.1%} of held-out images ({seconds:.0f} s): {path}")
 
 
 def _split(dataset: Dataset, data: Data) -> tuple[np.ndarray, Dataset, np.ndarray]:
@@ -170,13 +170,24 @@ def _split(dataset: Dataset, data: Data) -> tuple[np.ndarray, Dataset, np.ndarra
     return order[tenth : tenth + LARGEST], dataset, order[:tenth]
 
 
-def _train(
-    network: Classifier, images_NCHW: Tensor, target: np.ndarray, device: torch.device
+def _length(images: int) -> tuple[int, int]:
+    """(updates, images in each) of the training on so many images."""
+    batch = min(BATCH, max(16, images // 16))
+    return max(PASSES_OVER // batch, 1) if images > 20_000 else 12 * -(-images // batch), batch
+
+
+def fit(
+    network: Classifier,
+    images_NCHW: Tensor,
+    target: np.ndarray,
+    steps: int,
+    batch: int,
+    mirror: bool = False,
 ) -> None:
-    """Adam with one rise and fall of the learning rate, on images shifted at random."""
-    n, goal = len(images_NCHW), torch.from_numpy(target).to(device)
-    batch = min(BATCH, max(16, n // 16))
-    steps = max(PASSES_OVER // batch, 1) if n > 20_000 else 12 * -(-n // batch)
+    """Adam with one rise and fall of the learning rate, on images shifted at random, and, if
+    `mirror`, mirrored half of the time. Order and moves draw on the global generator."""
+    n, device = len(images_NCHW), network.head.weight.device
+    goal = torch.from_numpy(target).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
     network.train()
@@ -184,6 +195,8 @@ def _train(
     for step in range(steps):
         rows_N = order_N[step * batch : (step + 1) * batch]
         x_NCHW = _shifted(images_NCHW[rows_N].to(device))
+        if mirror and torch.rand(()) < 0.5:
+            x_NCHW = x_NCHW.flip(-1)
         loss = _loss(network(x_NCHW)[1], goal[rows_N.to(device)])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -206,11 +219,9 @@ def _loss(logits_NK: Tensor, goal: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logits_NK, goal.float())
 
 
-def _accuracy(
-    network: Classifier, images_NCHW: Tensor, target: np.ndarray, device: torch.device
-) -> float:
+def accuracy(network: Classifier, images_NCHW: Tensor, target: np.ndarray) -> float:
     """Share of images (of attributes) that are told right."""
-    goal, right = torch.from_numpy(target), []
+    goal, right, device = torch.from_numpy(target), [], network.head.weight.device
     for x_NCHW, y in zip(images_NCHW.split(500), goal.split(500), strict=True):
         logits_NK = network(x_NCHW.to(device))[1].cpu()
         told = logits_NK.argmax(1) if y.dim() == 1 else (logits_NK > 0)

@@ -20,7 +20,7 @@ from engine.metrics.distances import figures
 from engine.metrics.extractor import Extractor, open_extractor
 from engine.metrics.held_out import HeldOut
 from engine.metrics.images import decode, quantised
-from engine.metrics.protocol import Protocol
+from engine.metrics.protocol import FeatureProtocol, Protocol
 from engine.metrics.statistics import Accumulator, FeatureSet
 from engine.settings import Metrics, Networks, Recipe
 from engine.world import Ranks
@@ -58,10 +58,10 @@ class Evaluator:
         self._held_out = HeldOut.open(recipe, ranks)
         self._dataset = dataset
 
-    def protocol(self, averaged: bool) -> Protocol:
+    def protocol(self, averaged: bool) -> FeatureProtocol:
         """What its figures are measured with."""
         settings, fit = self.recipe.metrics, self._dataset.fit
-        return Protocol(
+        return FeatureProtocol(
             extractor=self._extractor.name,
             extractor_digest=self._extractor.digest,
             dataset=f"{self._dataset.name} {self._dataset.fingerprint()[:12]}",

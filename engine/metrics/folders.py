@@ -15,7 +15,7 @@ from engine.metrics.evaluator import BATCH, Evaluation, check_count
 from engine.metrics.extractor import Extractor, open_extractor, takes_classifier
 from engine.metrics.images import decode
 from engine.metrics.pairs import PSNR_CAP, Pairs
-from engine.metrics.protocol import Protocol
+from engine.metrics.protocol import FeatureProtocol
 from engine.metrics.statistics import Accumulator, FeatureSet
 from engine.settings import Metrics
 from engine.world import Ranks
@@ -98,10 +98,10 @@ class Folders:
     def _named(self) -> tuple[tuple[str, Path], tuple[str, Path]]:
         return ("--real", self.real), ("--fake", self.fake)
 
-    def _protocol(self, extractor: Extractor, real: Dataset, sets: list) -> Protocol:
+    def _protocol(self, extractor: Extractor, real: Dataset, sets: list) -> FeatureProtocol:
         fit = real.fit
         cut = f" (resized, --resize {self.resize})" if self.resize else ""
-        return Protocol(
+        return FeatureProtocol(
             extractor=extractor.name,
             extractor_digest=extractor.digest,
             dataset=f"{self.real.name} {real.fingerprint()[:12]}",

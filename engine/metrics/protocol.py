@@ -16,7 +16,20 @@ HELD_OUT_IMAGES = 10_000
 
 @dataclass(frozen=True)
 class Protocol:
-    """How figures were measured; stored beside them.
+    """How figures were measured; stored beside them."""
+
+    def values(self) -> dict[str, str | int | bool]:
+        """As it is stored."""
+        return asdict(self)
+
+    def digest(self) -> str:
+        """A short name of the protocol."""
+        return hashlib.sha256(json.dumps(self.values(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class FeatureProtocol(Protocol):
+    """Of figures that compare the features of images.
 
     extractor, extractor_digest: the ruler. real, generated: numbers of images. dataset: digest of
     the real images' content. resize: from their resolution to the extractor's. ema: whether the
@@ -34,13 +47,29 @@ class Protocol:
     ema: bool
     seed: int
 
-    def values(self) -> dict[str, str | int | bool]:
-        """As it is stored."""
-        return asdict(self)
 
-    def digest(self) -> str:
-        """A short name of the protocol."""
-        return hashlib.sha256(json.dumps(self.values(), sort_keys=True).encode()).hexdigest()[:12]
+@dataclass(frozen=True)
+class AugmentationProtocol(Protocol):
+    """Of accuracies of classifiers that learned from real images, from samples, from both.
+
+    classifier: what was trained, in how many updates (steps) on how many images each (batch).
+    dataset, split, resolution: what the real images to learn from were taken from. real,
+    generated: numbers of images to learn from. test: the images on which all were tried. ema:
+    whether the moving average of the weights was sampled from. seed: of the choice of real images,
+    of the latents, and of the training.
+    """
+
+    classifier: str
+    steps: int
+    batch: int
+    dataset: str
+    split: str
+    resolution: str
+    real: int
+    generated: int
+    test: str
+    ema: bool
+    seed: int
 
 
 def held_out_words(names: Container[str]) -> str:

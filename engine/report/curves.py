@@ -35,6 +35,7 @@ LOWER = ("fid", "kid", "lpips", "nll", "bits_per_dim", "reconstruction")
 HIGHER = (
     *("inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "elbo"),
     *("auroc", "auroc_pixels", "auroc_features", "accuracy", "nmi"),
+    *("accuracy_real", "accuracy_augmented", "accuracy_samples"),
 )
 
 
