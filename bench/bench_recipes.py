@@ -1,0 +1,234 @@
+"""Every adversarial recipe beside its plain form (bench/plain.py): plain, ours eager, compiled.
+
+    pytest bench/bench_recipes.py --benchmark-only
+
+A round is one period of each of the three, which so take turns: all of the critic's updates and
+the generator's, from where their pattern repeats on; of Progressive GAN at its last level. Each row
+gives images/s and the ratio to plain in the same run; compilation is excluded. Ours keeps the
+recipe's moving average and guards against non-finite values, plain does neither.
+
+On a GPU the sizes are the recipe's own. On a CPU the batch is halved, down to 16, and then all
+widths, until a period takes at most 64 GFLOPs (half widths taking a quarter).
+"""
+
+import gc
+import math
+import statistics
+import time
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.plain import PlainGAN, normalised
+from engine import recipe, session, world
+from engine.compile import Compiler, missing_toolchain
+from engine.describe import cost
+from engine.precision import choose_precision
+from engine.settings import Optimizer, PlayerSettings, Recipe, RMSprop
+from engine.stats import synchronize
+from engine.steps.adversarial import Adversarial
+from engine.steps.progressive import Progressive
+from pipelines.batch import Batch
+
+WARM_UP, ROUNDS = 1, 5
+FEWEST, MOST_FLOPS = 16, 64e9
+WIDTHS = ("width", "base", "channels", "hidden")
+ALL = {name: recipe.load(name) for name in recipe.names()}
+NAMES = [name for name, r in ALL.items() if isinstance(r.step, Adversarial | Progressive)]
+
+
+def halved(given: Recipe) -> Recipe:
+    """The recipe with networks half as wide."""
+    players = {name: narrow(player) for name, player in given.step.players().items()}
+    return replace(given, step=replace(given.step, **players))
+
+
+def narrow(player: PlayerSettings) -> PlayerSettings:
+    sizes = {f.name: getattr(player.network, f.name) for f in fields(player.network)}
+    sizes = {name: value for name, value in sizes.items() if name in WIDTHS}
+    for name, value in sizes.items():
+        sizes[name] = tuple(v // 2 for v in value) if isinstance(value, tuple) else value // 2
+    return replace(player, network=replace(player.network, **sizes))
+
+
+def sized(given: Recipe, device: torch.device) -> tuple[Recipe, int]:
+    """The recipe as it is measured on a device, and by what its widths were divided."""
+    if device.type != "cpu":
+        return given, 1
+    flops, divided = cost(given).flops_per_image * given.step.period(), 1
+    while True:
+        batch = given.data.batch
+        while batch > FEWEST and flops * batch > MOST_FLOPS:
+            batch //= 2
+        if flops * batch <= MOST_FLOPS:
+            return replace(given, data=replace(given.data, batch=batch)), divided
+        given, divided, flops = halved(given), divided * 2, flops / 4
+
+
+class Top(nn.Module):
+    """A growing network at its last level, where that is wholly there."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("alpha", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x, self.network.top, self.alpha)
+
+
+def plain_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
+    if isinstance(settings, RMSprop):
+        alpha = settings.alpha
+        return torch.optim.RMSprop(network.parameters(), settings.lr, alpha, settings.eps)
+    return torch.optim.Adam(network.parameters(), settings.lr, settings.betas, settings.eps)
+
+
+def plain_of(given: Recipe, device: torch.device) -> PlainGAN:
+    """The plain form of a recipe, with the parameters that its session begins with."""
+    step, made = given.step, {}
+    players = step.players()
+    bare = {name: replace(player, spectral_norm=False) for name, player in players.items()}
+    bare = replace(given, step=replace(step, **bare))
+    for name, network in session.build_networks(bare).items():
+        network = Top(network) if isinstance(step, Progressive) else network
+        network = normalised(network) if players[name].spectral_norm else network
+        made[name] = network.to(device).train()
+        optimizer = players[name].optimizer
+        made[f"optimizer_{name[0]}"] = plain_optimizer(optimizer, made[name])
+    latent = players["generator"].network.latent
+    if isinstance(step, Progressive):
+        return PlainGAN(
+            **made,
+            **{"loss": "wasserstein", "latent": latent, "reuse": False, "freeze": False},
+            gp=step.gp,
+            drift=step.drift,
+        )
+    return PlainGAN(
+        **made,
+        loss=step.loss,
+        latent=latent,
+        reuse=step.loss in ("nonsaturating", "least-squares"),
+        freeze=step.loss == "wasserstein",
+        critic_updates=step.critic_updates,
+        clip=step.clip_weights,
+        gp=step.gp,
+        r1=step.r1,
+        r1_every=step.r1_every,
+    )
+
+
+def noise_batch(given: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images of noise in [-1, 1], contiguous, and a class for each."""
+    data, generator = given.data, torch.Generator().manual_seed(0)
+    shape = (data.batch, data.channels, data.resolution, data.resolution)
+    real_NCHW = torch.rand(shape, generator=generator) * 2 - 1
+    label_N = torch.randint(max(given.step.classes(), 1), shape[:1], generator=generator)
+    return real_NCHW.to(device), label_N.to(device)
+
+
+def plain(given: Recipe, device: torch.device):
+    """A period of the plain form."""
+    baseline, (real_NCHW, label_N) = plain_of(given, device), noise_batch(given, device)
+    seen = (real_NCHW, label_N) if given.step.classes() else (real_NCHW,)
+    updates = given.step.updates[-1] if isinstance(given.step, Progressive) else 1
+    parts = list(zip(*(t.chunk(updates) for t in seen), strict=True))
+
+    def period():
+        for _ in range(given.step.period()):
+            for part in parts:
+                baseline.iteration(*part)
+
+    return period
+
+
+def ours(given: Recipe, device: torch.device, compiled: bool):
+    """A period of the session that a run would have."""
+    ranks, precision = world.Ranks(0, 0, 1, device), choose_precision("auto", device)
+    live = session.start(given, ranks, precision, Compiler(compiled, "bench", True), 10**9)
+    live.clock.seek(given.step.settles() * given.data.batch)
+    real_NCHW, label_N = noise_batch(given, device)
+    real_NCHW = real_NCHW.contiguous(memory_format=torch.channels_last)
+
+    def period():
+        for _ in range(given.step.period()):
+            live.step(Batch(real_NCHW, label_N, live.clock.position_N()))
+            live.clock.advance()
+
+    return period
+
+
+def timed(run, device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+@pytest.fixture(scope="module")
+def ratios():
+    """Of each recipe that was measured, by variant."""
+    return {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def bench_recipe(benchmark, ratios, device, row, name):
+    given, divided = sized(ALL[name], device)
+    made = {"plain": plain(given, device), "eager": ours(given, device, False)}
+    if device.type == "cuda" or not missing_toolchain():
+        made["compiled"] = ours(given, device, True)
+    seconds = {variant: [] for variant in made}
+
+    def turn():
+        for variant, run in made.items():
+            seconds[variant].append(timed(run, device))
+
+    benchmark.pedantic(turn, rounds=ROUNDS, warmup_rounds=WARM_UP)
+    medians = {variant: statistics.median(s[WARM_UP:]) for variant, s in seconds.items()}
+    ratios[name] = {v: medians["plain"] / s for v, s in medians.items() if v != "plain"}
+    images = given.data.batch * given.step.period()
+    speeds = {f"{variant}_images_per_s": images / s for variant, s in medians.items()}
+    facts = {"batch": given.data.batch, "widths_divided_by": divided, **speeds}
+    benchmark.extra_info |= facts | {f"{v}_ratio": r for v, r in ratios[name].items()}
+    said = "".join(
+        f"   {v} {speeds[f'{v}_images_per_s']:8.1f} {ratio:5.2f}x"
+        for v, ratio in ratios[name].items()
+    )
+    size = f"batch {given.data.batch}, widths / {divided}"
+    row(f"{name:16} {size:23} plain {speeds['plain_images_per_s']:8.1f} images/s{said}")
+    made.clear()
+    torch._dynamo.reset()  # it limits how many graphs all recipes together may have
+    gc.collect()
+
+
+def bench_mean(benchmark, ratios, row):
+    """Over all of the recipes that were measured before it."""
+    if not ratios:
+        pytest.skip("no recipe was measured")
+    found = benchmark.pedantic(summary, (ratios,), rounds=1)
+    benchmark.extra_info |= found
+    for variant in next(iter(ratios.values())):
+        named = {k.removeprefix(f"{variant}_"): v for k, v in found.items() if variant in k}
+        row(
+            f"{variant:9} "
+            + "   ".join(f"{k.replace('_', ' ')} {v:.2f}x" for k, v in named.items())
+        )
+
+
+def summary(ratios: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Geometric mean and smallest ratio of each variant, and the smallest among those recipes that
+    have the gradient penalty."""
+    found = {}
+    for variant in next(iter(ratios.values())):
+        values = {name: r[variant] for name, r in ratios.items()}
+        penalised = [v for name, v in values.items() if ALL[name].step.gp > 0]
+        found[f"{variant}_geometric_mean"] = math.exp(
+            statistics.mean(map(math.log, values.values()))
+        )
+        found[f"{variant}_smallest"] = min(values.values())
+        if penalised:
+            found[f"{variant}_smallest_with_gradient_penalty"] = min(penalised)
+    return found

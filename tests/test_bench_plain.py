@@ -1,0 +1,97 @@
+"""The baseline that bench_recipes compares with computes what the engine does.
+
+In float64: in float32 rounding alone turns over a ReLU now and then, which a penalty's gradient
+shows in the next loss's fourth digit.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.bench_recipes import NAMES, noise_batch, plain_of
+from engine import session
+from engine.compile import Compiler
+from engine.networks.spectral import Normalised
+from engine.settings import Recipe
+from engine.steps.adversarial import LATENTS, MIXING
+from engine.steps.progressive import FOOLING, Progressive
+from kernels import philox
+from pipelines.batch import Batch
+from tests.players import CPU, FP32, RANKS
+from tests.runs import toy
+
+ITERATIONS = 2
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Networks and all noise are float64."""
+    for name in ("normal", "uniform"):
+        drawn = getattr(philox, name)
+        monkeypatch.setattr(philox, name, lambda *a, drawn=drawn: drawn(*a).double())
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def small(name: str) -> Recipe:
+    """At toy size, at most two updates of the critic for each of the generator; a large epsilon,
+    since Adam makes whole steps of a gradient that is rounding alone."""
+    given, _ = toy(name)
+    players = {
+        player: replace(settings, optimizer=replace(settings.optimizer, eps=1e-3))
+        for player, settings in given.step.players().items()
+    }
+    if isinstance(given.step, Progressive):
+        players["updates"] = (1,) * len(given.step.updates)
+    else:
+        players["critic_updates"] = min(given.step.critic_updates, ITERATIONS)
+        players["r1"] = 1e5 * given.step.r1  # the slope of a fresh small network is next to nothing
+    return replace(given, step=replace(given.step, **players))
+
+
+def agree(plain, live) -> None:
+    """Both estimates of the largest singular values are exact: power iterations approach them in
+    different ways."""
+    for player in live.players.values():
+        for path, module in player.network.named_modules():
+            if isinstance(module, Normalised):
+                u_OO, _, v_II = torch.linalg.svd(module._rows(module.weight.detach()))
+                module.singular_O.copy_(u_OO[:, 0])
+                network = getattr(plain, player.name)
+                norm = network.get_submodule(path).parametrizations.weight[0]
+                norm._u.copy_(u_OO[:, 0])
+                norm._v.copy_(v_II[0])
+
+
+def give_noise(plain, live, given: Recipe) -> None:
+    """Have plain draw what the engine draws for these images."""
+    place_N, latent = live.clock.position_N(), plain.latent
+    again = FOOLING if isinstance(given.step, Progressive) else LATENTS
+    streams = iter((LATENTS, again))
+    plain.noise = lambda _: philox.normal(live.key, next(streams), place_N, latent)
+    plain.mixing = lambda _: philox.uniform(live.key, MIXING, place_N, 1)[:, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_computes_the_same_losses(name, double):
+    given = small(name)
+    live = session.start(given, RANKS, FP32, Compiler(False, ""), 10**9)
+    live.clock.seek(given.step.settles() * given.data.batch)
+    plain = plain_of(given, CPU)
+    agree(plain, live)
+    real_NCHW, label_N = noise_batch(given, CPU)
+    seen = (label_N,) if given.step.classes() else ()
+    learned = 0
+    for _ in range(min(given.step.period(), ITERATIONS)):
+        give_noise(plain, live, given)
+        values = live.step(Batch(real_NCHW, label_N, live.clock.position_N()))
+        live.clock.advance()
+        loss_d, loss_g = plain.iteration(real_NCHW, *seen)
+        assert loss_d == pytest.approx(values["discriminator/loss"].item(), rel=1e-4)
+        assert (loss_g is not None) == ("generator/loss" in values)
+        if loss_g is not None:
+            assert loss_g == pytest.approx(values["generator/loss"].item(), rel=1e-4)
+            learned += 1
+    assert learned
