@@ -154,9 +154,21 @@ class Zero3(Zero):
         return self._engine.optimizer.fp32_partitioned_groups_flat
 
     @torch.no_grad()
+    def clamp(self, bound: float) -> None:
+        super().clamp(bound)
+        self._gather_again()
+
+    @torch.no_grad()
     def loaded(self) -> None:
         for name, (piece, _) in self._parts().items():
             piece.values.copy_(self._piece(name, self._named[name].ds_tensor).values)
+        self._gather_again()
+
+    def _gather_again(self) -> None:
+        """DeepSpeed keeps small parameters whole from one step to the next: let go of those copies,
+        and gather them of the parts as they are now. Every rank calls it."""
+        self._engine.optimizer.checkpoint_event_prologue()
+        self._engine.optimizer.checkpoint_event_epilogue()
 
     def _parts(self) -> dict[str, tuple[Piece, int]]:
         from deepspeed.utils import safe_get_local_fp32_param

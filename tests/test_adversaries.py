@@ -108,6 +108,21 @@ def test_a_normalised_layer_has_norm_1_and_folds_into_a_plain_one(layer, shape):
     torch.testing.assert_close(shown(x), layer.eval()(x))
 
 
+def test_a_compiled_backward_pass_has_the_vector_of_its_forward():
+    """Few outputs, so that the compiler rather computes singular vectors again than keeps them; a
+    fresh weight, so that the next estimate differs."""
+    gradients, x = [], torch.linspace(-1, 1, 128, dtype=torch.float64).view(2, 1, 8, 8)
+    fresh = spectral_norm(nn.Conv2d(1, 4, 5).double())
+    nn.init.normal_(fresh.weight)
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        layer = copy.deepcopy(fresh)
+        loss = torch.compile(layer, fullgraph=True) if compiled else layer
+        loss(x).sin().sum().backward()
+        gradients.append(layer.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
 def test_the_norm_is_differentiated_and_the_vector_is_not_moved_by_a_penalty():
     critic = spectral_norm(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 1)))
     before = critic[0].singular_O.clone()

@@ -1,5 +1,7 @@
 """Gradient penalties: hand-computed values, derivatives of the second order, and their turns."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,8 +9,9 @@ from torch.nn import functional as F
 
 from engine import session
 from engine.compile import Compiler
-from engine.networks import dcgan, mlp
+from engine.networks import dcgan, mlp, residual
 from engine.networks.spec import ImageSpec, Network
+from engine.networks.spectral import spectral_norm
 from engine.penalties import gradient_penalty, input_gradient, r1_penalty
 from engine.session import Session
 from engine.settings import Adam, Length, PlayerSettings, Recipe
@@ -68,7 +71,22 @@ def test_the_gradient_penalty_of_a_quadratic_form_by_hand():
     assert gradient_penalty(Quadratic(), real, fake, alpha).item() == pytest.approx(wanted)
 
 
-DISCRIMINATORS = [mlp.Discriminator((4, 6)), dcgan.Discriminator(4)]
+@dataclass(frozen=True)
+class Spectral(mlp.Discriminator):
+    """Every weight divided by its largest singular value, which follows it from forward to
+    forward."""
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        return spectral_norm(super().build(images))
+
+
+DISCRIMINATORS = {
+    "plain": mlp.Discriminator((4, 6)),
+    "batchnorm": dcgan.Discriminator(4),
+    "layernorm": residual.Critic(width=2),
+    "spectral norm": Spectral((4, 6)),
+}
+QUICK_TO_COMPILE, SLOW = ("plain", "batchnorm"), pytest.mark.slow
 PENALTIES = {
     "wgan-gp": lambda critic, real, fake: gradient_penalty(
         critic, real, fake, torch.linspace(0, 1, len(real), dtype=real.dtype)
@@ -115,11 +133,18 @@ def check_gradients(name: str, network: Network, compiled: bool, fused: bool) ->
         torch.testing.assert_close(mine.grad.double(), wanted.grad, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("network", DISCRIMINATORS, ids=["plain", "batchnorm"])
+@pytest.mark.parametrize("network", DISCRIMINATORS)
 @pytest.mark.parametrize("name", PENALTIES)
-def test_every_parameters_gradient_is_that_of_float64_autograd(name, network, compiled):
-    check_gradients(name, network, compiled, fused=False)
+def test_every_parameters_gradient_is_that_of_float64_autograd(name, network):
+    check_gradients(name, DISCRIMINATORS[network], compiled=False, fused=False)
+
+
+@pytest.mark.parametrize(
+    "network", [n if n in QUICK_TO_COMPILE else pytest.param(n, marks=SLOW) for n in DISCRIMINATORS]
+)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_compiled_too(name, network):
+    check_gradients(name, DISCRIMINATORS[network], compiled=True, fused=False)
 
 
 def test_the_interpreted_tests_of_this_file_pass():
@@ -134,30 +159,64 @@ def test_with_fused_kernels_too(name, compiled):
 
 
 class Smooth(nn.Module):
-    """Two layers of given weights: LeakyReLU's kinks are no place for finite differences."""
+    """A layer, LayerNorm, a layer, of given weights: LeakyReLU's kinks are no place for finite
+    differences."""
 
-    def __init__(self, first: Tensor, second: Tensor) -> None:
+    def __init__(self, first: Tensor, scale: Tensor, second: Tensor) -> None:
         super().__init__()
-        self.first, self.second = first, second
+        self.first, self.scale, self.second = first, scale, second
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         hidden = F.softplus(F.conv2d(x_NCHW, self.first, stride=2))
+        hidden = F.group_norm(hidden, 1, self.scale)
         return F.conv2d(hidden, self.second).tanh().flatten(1).sum(1)
 
 
-def test_its_first_and_second_derivatives_hold_in_finite_differences():
-    images = pictures(torch.float64, size=6)[:2]
+def smooth_weights() -> list[Tensor]:
     random = torch.Generator().manual_seed(2)
-    weights = [
-        torch.randn(*shape, dtype=torch.float64, generator=random).requires_grad_()
-        for shape in ((2, 1, 4, 4), (1, 2, 2, 2))
-    ]
+    shapes = (2, 1, 4, 4), (2,), (1, 2, 2, 2)
+    return [torch.randn(s, dtype=torch.float64, generator=random).requires_grad_() for s in shapes]
 
-    def penalty(first: Tensor, second: Tensor) -> Tensor:
-        return r1_penalty(Smooth(first, second), images)
 
-    assert torch.autograd.gradcheck(penalty, weights)
-    assert torch.autograd.gradgradcheck(penalty, weights)
+def small_pictures() -> list[Tensor]:
+    """Real and fake ones."""
+    return [pictures(torch.float64, size=6, seed=seed)[:2] for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_its_first_and_second_derivatives_hold_in_finite_differences(name):
+    def penalty(*weights: Tensor) -> Tensor:
+        return PENALTIES[name](Smooth(*weights), *small_pictures())
+
+    assert torch.autograd.gradcheck(penalty, smooth_weights())
+    assert torch.autograd.gradgradcheck(penalty, smooth_weights())
+
+
+def slopes(critic: nn.Module, x_NCHW: Tensor, h: float = 1e-5) -> Tensor:
+    """The critic's gradient at each image, (N, V), by central differences."""
+    each = torch.eye(x_NCHW[0].numel(), dtype=x_NCHW.dtype).unflatten(1, x_NCHW.shape[1:])
+    with torch.no_grad():
+        pairs = [critic(x_NCHW + h * e) - critic(x_NCHW - h * e) for e in each]
+    return torch.stack(pairs, 1) / (2 * h)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_its_value_holds_in_finite_differences(name):
+    critic, (real, fake) = Smooth(*smooth_weights()), small_pictures()
+    mixed = torch.stack([fake[0], real[1]])  # alpha is 0 for the first image, 1 for the second
+    slope_NV = slopes(critic, {"wgan-gp": mixed, "r1": real, "r2": fake}[name])
+    square_N = slope_NV.square().sum(1)
+    wanted = (square_N.sqrt() - 1).square() if name == "wgan-gp" else square_N
+    penalty = PENALTIES[name](critic, real, fake)
+    torch.testing.assert_close(penalty, wanted.mean(), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_it_moves_the_critic_and_not_the_images(name):
+    weights, (real, fake) = smooth_weights(), small_pictures()
+    PENALTIES[name](Smooth(*weights), real.requires_grad_(), fake.requires_grad_()).backward()
+    assert all(float(w.grad.abs().max()) > 0 for w in weights)
+    assert real.grad is None and fake.grad is None
 
 
 def test_running_statistics_stay_and_are_followed_again_afterwards():

@@ -39,7 +39,7 @@ class Normalised(nn.Module):
 
     def _vectors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """The next estimate of the singular vectors, (O,) and (I,)."""
-        v_I = F.normalize(applied(weight_OI.T, self.singular_O), dim=0)
+        v_I = F.normalize(applied(weight_OI.T, kept(self.singular_O)), dim=0)
         return F.normalize(applied(weight_OI, v_I), dim=0), v_I
 
     def normalised(self) -> Tensor:
@@ -50,6 +50,18 @@ class Normalised(nn.Module):
             if self.training and self.track_running_stats:
                 self.singular_O.copy_(u_O)
         return self.weight / ((u_O * applied(weight_OI, v_I)).sum() + SMALLEST)
+
+
+@torch.library.custom_op("saddle::kept", mutates_args=())
+def kept(vector: Tensor) -> Tensor:
+    """A copy of a float vector, which a compiled backward pass cannot make again: it would copy
+    what has meanwhile been written over, and differentiate the next estimate."""
+    return vector.clone()
+
+
+@kept.register_fake
+def _(vector: Tensor) -> Tensor:
+    return torch.empty_like(vector)
 
 
 def applied(matrix: Tensor, vector: Tensor) -> Tensor:
