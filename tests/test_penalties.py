@@ -1,6 +1,7 @@
 """Gradient penalties: hand-computed values, derivatives of the second order, and their turns."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ DISCRIMINATORS = {
     "layernorm": residual.Critic(width=2),
     "spectral norm": Spectral((4, 6)),
 }
-QUICK_TO_COMPILE, SLOW = ("plain", "batchnorm"), pytest.mark.slow
+QUICK_TO_COMPILE = ("plain", "batchnorm")
 PENALTIES = {
     "wgan-gp": lambda critic, real, fake: gradient_penalty(
         critic, real, fake, torch.linspace(0, 1, len(real), dtype=real.dtype)
@@ -140,9 +141,13 @@ def test_every_parameters_gradient_is_that_of_float64_autograd(name, network):
 
 
 @pytest.mark.parametrize(
-    "network", [n if n in QUICK_TO_COMPILE else pytest.param(n, marks=SLOW) for n in DISCRIMINATORS]
+    ("name", "network"),
+    [
+        *product(PENALTIES, QUICK_TO_COMPILE),
+        pytest.param("wgan-gp", "layernorm", marks=pytest.mark.slow),
+        pytest.param("r1", "spectral norm", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("name", PENALTIES)
 def test_compiled_too(name, network):
     check_gradients(name, DISCRIMINATORS[network], compiled=True, fused=False)
 
