@@ -6,7 +6,9 @@ https://arxiv.org/abs/1802.05637, for the projection with spectral normalisation
     python -m engine.train cdcgan_cifar10
     python -m engine.sample RUN_DIR --class 7
 
-Not yet trained to its end.
+Measured, short of its full length and at half its width: after 300,000 images of a subset of 4,000,
+with --augment translation cutout, rows have the colours and grounds of their classes (sky and sea,
+grass) by eye and no objects. On one thread of 2 shared, busy cores of an Intel Xeon without GPU.
 """
 
 from engine.networks import cgan

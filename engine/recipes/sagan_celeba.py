@@ -6,7 +6,9 @@ cut to 64.
 
     python -m engine.train sagan_celeba
 
-Not yet trained to its end.
+Measured, small and short: faces with hair, eyes and background by eye, many distorted, after 64,000
+images of a subset of 8,000 at 32x32, batch 32 and a quarter of the width, in 29 minutes on one
+thread of 2 shared, busy cores of an Intel Xeon without GPU.
 """
 
 from engine.networks import sagan

@@ -6,7 +6,9 @@ cut to 32. Classes go into the generator's BatchNorm and a projection.
 
     python -m engine.train sagan_cifar10
 
-Not yet trained to its end.
+Measured, small and short: blots in the colours of their classes by eye after 64,000 images of a
+subset of 4,000 at batch 32 and a quarter of the width, on one thread of 2 shared, busy cores of an
+Intel Xeon without GPU.
 """
 
 from engine.networks import sagan

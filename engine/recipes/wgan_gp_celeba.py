@@ -5,7 +5,9 @@ code: five critic updates for each of the generator, lambda 10, LayerNorm in the
 
     python -m engine.train wgan_gp_celeba
 
-Not yet trained to its end.
+Measured, small and short: blurred faces by eye, after 64,000 images of a subset of 8,000 at 32x32,
+batch 32, an eighth to a quarter of the width, three critic updates and 4e-4, on one thread of 2
+shared, busy cores of an Intel Xeon without GPU.
 """
 
 from engine.networks import residual

@@ -7,7 +7,9 @@ Watch discriminator/distance, the critic's estimate of the Wasserstein distance.
 
     python -m engine.train wgan_mnist
 
-Not yet trained to its end.
+Measured, short of its full length: after 500,000 images, which are 1,063 updates of the generator,
+samples have the strokes of digits by eye and few are readable; the distance has fallen from 0.30
+to 0.12. On one thread of 2 shared, busy cores of an Intel Xeon without GPU, --compile off.
 """
 
 from engine.networks import dcgan
