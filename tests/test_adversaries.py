@@ -290,7 +290,7 @@ def test_sizes_of_sagan_at_128():
     critic = conv(3, 64, 3) + conv(64, 64, 3) + conv(3, 64, 1) + attention(128)
     for b, a in zip(widths[1:], widths, strict=False):
         if a != b:
-            critic += conv(b, b, 3) + conv(b, a, 3) + conv(b, a, 1)
+            critic += conv(b, a, 3) + conv(a, a, 3) + conv(b, a, 1)
     critic += 2 * conv(1024, 1024, 3) + linear(1024, 1)
     assert count(sagan.Discriminator(), 3, 128) == critic
 

@@ -39,14 +39,21 @@ class Block(nn.Module):
     """Two 3x3 convolutions beside a shortcut, which has a 1x1 one where the size changes.
 
     bare: the first block of a discriminator, whose input is the image: no norm and no ReLU before
-    it, and the shortcut averages before its convolution.
+    it, and the shortcut averages before its convolution. late: the first convolution keeps the
+    number of channels, as WGAN-GP's do where the side is halved.
     """
 
     def __init__(
-        self, before: int, after: int, resample: Resample, norm: Norm, bare: bool = False
+        self,
+        before: int,
+        after: int,
+        resample: Resample,
+        norm: Norm,
+        bare: bool = False,
+        late: bool = False,
     ) -> None:
         super().__init__()
-        middle = after if resample == "up" or bare else before
+        middle = before if late else after
         first: Resample = "up" if resample == "up" else "none"
         second: Resample = "down" if resample == "down" else "none"
         start = [] if bare else [norm_layer(norm, before), nn.ReLU()]
@@ -123,7 +130,7 @@ class Critic(Network):
         widths = channels(self.width, doublings, growing=True)
         layers: list[nn.Module] = [nn.Conv2d(images.channels, self.width, 3, padding=1)]
         for before, after in pairwise(widths):
-            layers.append(Block(before, after, "down", "layer"))
+            layers.append(Block(before, after, "down", "layer", late=True))
         layers += [nn.Flatten(), nn.Linear(widths[-1] * base * base, 1), nn.Flatten(0)]
         return nn.Sequential(*layers).apply(init_he)
 
