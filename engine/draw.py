@@ -222,6 +222,11 @@ def heat_maps(command: Command, trained: Trained) -> None:
     step, networks = trained.recipe.step, trained.networks
     if not isinstance(step, Anomaly):
         raise ValueError(f"--anomaly is for detectors such as anogan_mnist, not {trained.name}")
+    if trained.images <= (begins := step.gan_steps * trained.recipe.data.batch):
+        raise SampleError(
+            f"the encoder of {trained.name} learns after {begins:,} images and this is its "
+            f"checkpoint at {trained.images:,}: train on"
+        )
     columns = max((command.num or 16) // 2, 1)
     check_size(trained, 6 * columns, "--num")
     rows_NCHW, data = [], found(trained, command.data)

@@ -123,17 +123,24 @@ def check(recipe: Recipe, world_size: int) -> None:
     _check_metrics(recipe.metrics)
     recipe.step.check()
     recipe.step.check_data(recipe.data)
-    for name, player in recipe.step.players().items():
+    players = recipe.step.players()
+    for name, player in players.items():
         _check_player(name, player)
+    if recipe.data.without and any(player.network.classes for player in players.values()):
+        raise ValueError(
+            "--data.without is for models that are not told the class: this one would still be "
+            "asked for those that it has never seen"
+        )
 
 
 def check_classes(recipe: Recipe, classes: int) -> None:
     """Raise ValueError where networks are given classes that the dataset has not so many of."""
-    for name, player in recipe.step.players().items():
-        wanted = player.network.classes
-        if wanted and wanted != classes:
+    told = {n: p.network.classes for n, p in recipe.step.players().items() if p.network.classes}
+    for name, wanted in told.items():
+        if wanted != classes:
             has = f"has {classes} classes" if classes else "has no classes"
-            remedy = f"give --{name}.classes {classes}" if classes else "take a labelled dataset"
+            flags = " ".join(f"--{other}.classes {classes}" for other in told)
+            remedy = f"give {flags}" if classes else "take a labelled dataset"
             raise ValueError(
                 f"--{name}.classes {wanted}, but data.name={recipe.data.name} {has}: {remedy}"
             )
@@ -177,7 +184,7 @@ def _check_player(name: str, player: PlayerSettings) -> None:
     for f in fields(player.network):
         value = getattr(player.network, f.name)
         sizes = value if isinstance(value, tuple) else (value,)
-        least = 0 if f.name == "classes" else 1
+        least = 0 if f.name == "classes" and f.default == 0 else 1
         if any(type(v) is int and v < least for v in sizes):
             raise ValueError(f"--{name}.{f.name} {value} is no size: give at least {least}")
     optimizer = player.optimizer

@@ -192,7 +192,10 @@ def _read_checkpoint(
         if damage := checkpoint.damage_of(chosen):
             raise CheckpointError(f"checkpoint {chosen} is damaged ({damage}); take another")
     if chosen is None:
-        raise CheckpointError(f"no checkpoint in {root} is whole; run the training command again")
+        raise CheckpointError(
+            f"no checkpoint in {root} is whole: put back the files of one, "
+            f"or train anew with --fresh"
+        )
     return Loaded(chosen)
 
 

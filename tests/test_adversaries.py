@@ -188,7 +188,8 @@ def test_norm_by_class_scales_each_image_by_its_own():
 
 
 @pytest.mark.parametrize(
-    ("classes", "remedy"), [(7, "give --generator.classes 7"), (0, "take a labelled dataset")]
+    ("classes", "remedy"),
+    [(7, "give --generator.classes 7 --discriminator.classes 7"), (0, "take a labelled dataset")],
 )
 def test_classes_that_the_dataset_has_not_are_refused(classes, remedy):
     with pytest.raises(ValueError, match=remedy):

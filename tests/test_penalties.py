@@ -18,6 +18,7 @@ from engine.session import Session
 from engine.settings import Adam, Length, PlayerSettings, Recipe
 from engine.stats import Stats
 from engine.steps.adversarial import MIXING, Adversarial, penalised_update
+from engine.train import main
 from kernels import philox
 from kernels.batchnorm_module import BatchNormLeakyReLU, fuse
 from pipelines.batch import Batch
@@ -292,11 +293,29 @@ def test_rehearsing_shows_both_kinds_of_iteration_from_any_place_of_the_run(monk
     assert live.clock.images == int(live.clock.device_images) == 2 * BATCH
 
 
-@pytest.mark.parametrize("flags", [["--r1", "-1"], ["--r1-every", "0"]])
-def test_a_penalty_that_cannot_be_is_refused(flags, tmp_path):
-    output = train("dcgan_digits", *flags, "--runs", str(tmp_path), code=2)
-    assert "--r1 must not be negative, --r1-every be at least 1" in output
-    assert "Traceback" not in output
+NO_CLASSES = ["--generator.classes", "0", "--discriminator.classes", "0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("dcgan_digits", ["--r1", "-1"], "--r1 -1.0 must not be negative"),
+        ("dcgan_digits", ["--r1-every", "0"], "--r1-every 0 must be at least 1"),
+        ("dcgan_digits", ["--augment", "color", "color"], "name each kind once"),
+        ("dcgan_digits", ["--loss", "wasserstein"], "needs a critic that is bounded"),
+        ("dcgan_cifar10", ["--gp", "10"], "--gp needs a discriminator without BatchNorm"),
+        ("cgan_mnist", NO_CLASSES, "--generator.classes 0 is no size"),
+        ("cgan_mnist", ["--data.without", "8"], "is for models that are not told the class"),
+        ("cgan_mnist", ["--generator.classes", "5"], "--discriminator.classes alike"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name, flags, said, tmp_path, capsys):
+    flags = [*flags, "--data.name", "digits", "--runs", str(tmp_path), "--compile", "off"]
+    with pytest.raises(SystemExit, match="2"):
+        main([name, *flags])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and "Traceback" not in error
+    assert not list(tmp_path.rglob("checkpoints"))
 
 
 @pytest.mark.slow

@@ -302,7 +302,7 @@ def test_parts_are_made_of_groups_and_are_those_of_one_rank_on_two():
         ({"updates": (1, 1, 3)}, "data.batch=8 does not divide into 3 updates"),
         ({"updates": (1, 0, 1)}, "--updates must be at least 1"),
         ({"fade_steps": 0}, "--fade-steps"),
-        ({"gp": 0.0}, "--gp must be positive"),
+        ({"gp": 0.0}, "--gp 0.0 must be positive"),
     ],
 )
 def test_settings_that_cannot_be_trained_with_are_refused(changes, message):

@@ -117,8 +117,7 @@ def check_count(extractor: Extractor, count: int, flag: str) -> None:
     if count <= extractor.size:
         raise ValueError(
             f"{flag}: {count:,} images are too few for the {extractor.size:,} features of "
-            f"{extractor.name}; the Frechet distance needs more images than features: give more, "
-            f"or take an extractor with fewer features (--metrics.extractor classifier)"
+            f"{extractor.name}; the Frechet distance needs more images than features: give more"
         )
 
 

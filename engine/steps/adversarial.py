@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.augment import Kind, augment
 from engine.compile import second_order
@@ -70,16 +71,27 @@ class Adversarial(Algorithm):
     et al. 2020)."""
 
     def check(self) -> None:
-        if self.r1 < 0 or self.r1_every < 1:
-            raise ValueError("--r1 must not be negative, --r1-every be at least 1")
-        if min(self.gp, self.clip_weights) < 0 or self.critic_updates < 1:
+        for name in ("r1", "gp", "clip_weights"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{_flag(name)} {getattr(self, name)} must not be negative")
+        for name in ("r1_every", "critic_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{_flag(name)} {getattr(self, name)} must be at least 1")
+        if len(set(self.augment)) < len(self.augment):
+            raise ValueError(f"--augment {' '.join(self.augment)}: name each kind once")
+        bounds = (self.r1, self.gp, self.clip_weights, self.discriminator.spectral_norm)
+        if self.loss == "wasserstein" and not any(bounds):
             raise ValueError(
-                "--gp and --clip-weights must not be negative, --critic-updates be at least 1"
+                "--loss wasserstein needs a critic that is bounded: give --gp 10, "
+                "--clip-weights 0.01, --r1 or --discriminator.spectral-norm"
             )
         both = {name: player.network.classes for name, player in self.players().items()}
         if len(set(both.values())) > 1:
             named = ", ".join(f"{name} {count}" for name, count in both.items())
-            raise ValueError(f"the networks are for different numbers of classes ({named})")
+            raise ValueError(
+                f"the networks are for different numbers of classes ({named}): give "
+                f"--generator.classes and --discriminator.classes alike"
+            )
 
     def second_order(self) -> bool:
         return self.r1 > 0 or self.gp > 0
@@ -132,6 +144,12 @@ class Adversarial(Algorithm):
         fool = partial(generator_update, loss=self.loss, latent=latent, **seen)
         generator, discriminator = players["generator"], players["discriminator"]
         generator.stride = self.critic_updates
+        if self.gp and any(isinstance(m, _BatchNorm) for m in discriminator.network.modules()):
+            raise ValueError(
+                "--gp needs a discriminator without BatchNorm, which lets other images into the "
+                "gradient at one (Gulrajani et al. 2017, section 4): give --r1 in its place, or "
+                "take a recipe such as wgan_gp_celeba"
+            )
 
         def step(batch: Batch) -> Values:
             where = (batch.labels_N if self.classes() else None, key, batch.position_N)
@@ -148,6 +166,10 @@ class Adversarial(Algorithm):
             return values
 
         return step
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def given(label_N: Tensor | None) -> tuple[Tensor, ...]:

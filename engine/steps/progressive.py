@@ -61,7 +61,7 @@ class Progressive(Algorithm):
     """Iterations in which a level is faded in."""
     updates: tuple[int, ...] = (1, 1, 1, 2, 4)
     """Updates of both in an iteration, each on an equal part of the batch: a number for each level,
-    from the smallest images up."""
+    from the smallest images up; what is too many is not used."""
     gp: float = 10.0
     """Lambda of the penalty on the distance of the discriminator's gradient from norm 1, between
     real and fake images (Gulrajani et al. 2017)."""
@@ -69,10 +69,14 @@ class Progressive(Algorithm):
     """Weight of the penalty on the square of the discriminator's outputs at real images."""
 
     def check(self) -> None:
-        if min(self.stable_steps, self.fade_steps, 1, *self.updates) < 1:
-            raise ValueError("--stable-steps, --fade-steps and --updates must be at least 1")
-        if self.gp <= 0 or self.drift < 0:
-            raise ValueError("--gp must be positive, --drift not be negative")
+        counts = {"stable-steps": self.stable_steps, "fade-steps": self.fade_steps}
+        for flag, count in (counts | {"updates": min(self.updates, default=0)}).items():
+            if count < 1:
+                raise ValueError(f"--{flag} must be at least 1")
+        if self.gp <= 0:
+            raise ValueError(f"--gp {self.gp} must be positive")
+        if self.drift < 0:
+            raise ValueError(f"--drift {self.drift} must not be negative")
 
     def check_data(self, data: Data) -> None:
         count = levels(data.resolution)
