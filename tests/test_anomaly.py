@@ -216,3 +216,8 @@ def test_other_models_have_no_heat_maps(tmp_path, capsys):
     train("vae_mnist", *toy("vae_mnist", 8)[1], *QUICK, "--steps", "1", "--runs", str(tmp_path))
     assert sample.main([str(run_folder(tmp_path, "vae_mnist")), "--anomaly"]) == 2
     assert "--anomaly is for detectors such as anogan_mnist" in capsys.readouterr().err
+
+
+def test_an_encoder_that_has_not_learnt_shows_no_heat_maps(whole_run, capsys):
+    assert sample.main([str(whole_run), "--anomaly", "--checkpoint", "24"]) == 1
+    assert "learns after 24 images and this is its checkpoint at 24" in capsys.readouterr().err
