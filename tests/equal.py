@@ -115,7 +115,6 @@ CASES = {
     "vae accumulated": (VAE, 4, "off", False),
     "vae poisoned": (VAE, 1, "off", False),
     "vae rolled back": (VAE, 1, "off", False),
-    "gan compiled": (GAN, 1, "off", True),
     "penalty compiled": (PENALTY, 2, "off", True),
     "penalty of a critic compiled": (PENALISED, 1, "off", True),
     "spectral norm compiled": (SPECTRAL, 1, "off", True),

@@ -82,7 +82,6 @@ def test_two_ranks_train_what_one_does_in_float64(mode):
     [
         *(("ddp", case) for case in COMPILED),
         ("fsdp2", "penalty compiled"),
-        ("fsdp2", "spectral norm compiled"),
     ],
 )
 def test_two_ranks_train_what_one_does_compiled(mode, case):
