@@ -7,7 +7,9 @@ batch of 128 is 64 here.
 
     python -m engine.train wgan_gp_cifar10
 
-Not yet trained to its end.
+Measured, small and short: patches of colour without objects by eye after 64,000 images of a subset
+of 4,000 at batch 32, a quarter of the width and three critic updates, on one thread of 2 shared,
+busy cores of an Intel Xeon without GPU.
 """
 
 from engine.networks import residual
