@@ -52,7 +52,7 @@ SHOWN = {
     "sagan_cifar10": ("--by-class",),
     "anogan_mnist": ("--anomaly",),
 }
-"""How a recipe's samples are drawn, where not as 32 of them."""
+"""How a recipe's samples are drawn, where not as 36 of them."""
 
 
 @dataclass(frozen=True)
