@@ -25,6 +25,7 @@ from bench.plain import PlainGAN, normalised
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
 from engine.describe import cost
+from engine.networks.point import FromPoint, ToPoint
 from engine.precision import choose_precision
 from engine.settings import Optimizer, PlayerSettings, Recipe, RMSprop
 from engine.stats import synchronize
@@ -79,6 +80,12 @@ class Top(nn.Module):
         return self.network(x, self.network.top, self.alpha)
 
 
+def by_the_library(module: nn.Module) -> None:
+    """Have a convolution of ours computed as torch computes it."""
+    if isinstance(module, FromPoint | ToPoint):
+        module.__class__ = nn.ConvTranspose2d if isinstance(module, FromPoint) else nn.Conv2d
+
+
 def plain_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
     if isinstance(settings, RMSprop):
         alpha = settings.alpha
@@ -93,6 +100,7 @@ def plain_of(given: Recipe, device: torch.device) -> PlainGAN:
     bare = {name: replace(player, spectral_norm=False) for name, player in players.items()}
     bare = replace(given, step=replace(step, **bare))
     for name, network in session.build_networks(bare).items():
+        network = network.apply(by_the_library)
         network = Top(network) if isinstance(step, Progressive) else network
         network = normalised(network) if players[name].spectral_norm else network
         made[name] = network.to(device).train()

@@ -3,7 +3,7 @@
 Shapes: N images, C channels, H height, W width, L latent.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,7 +22,6 @@ from engine.steps.autoencoder import Variational
 from engine.trained import Model, Trained
 from engine.verb import say
 from pipelines.datasets import DatasetMissing
-from pipelines.settings import Data as RunData
 
 LARGEST = 1 << 25  # pixels of a picture: float images and their copies then stay below 2 GB
 SPREAD, COLUMNS = 3.0, 9  # a traversal goes from -SPREAD to SPREAD in COLUMNS pictures
@@ -89,19 +88,13 @@ class Command:
     data: Data = field(default_factory=Data)
 
 
-def found(trained: Trained, data: Data) -> RunData:
-    """The run's data settings, with where the dataset lies now."""
-    place = {k: v for k, v in vars(data).items() if v is not None}
-    return replace(trained.recipe.data, **place)
-
-
 def dataset_images(trained: Trained, data: Data, seed: int, count: int) -> tuple[Tensor, str]:
     """Up to `count` images (N, C, H, W) of the run's dataset, on the host, and which they are.
 
     Held-out ones, or training images where the dataset has no others.
     """
     try:
-        return originals(found(trained, data), seed, count)
+        return originals(trained.data_at(data), seed, count)
     except DatasetMissing as error:
         reason = str(error).split("\n")[0]
         raise SampleError(f"{reason}; --data.root or --data.path says where it is") from error
@@ -229,7 +222,7 @@ def heat_maps(command: Command, trained: Trained) -> None:
         )
     columns = max((command.num or 16) // 2, 1)
     check_size(trained, 6 * columns, "--num")
-    rows_NCHW, data = [], found(trained, command.data)
+    rows_NCHW, data = [], trained.data_at(command.data)
     groups = anomalies.normal_and_anomalous(data, command.seed, columns)
     for group in groups:
         images_NCHW = group.images_NCHW.to(trained.device)

@@ -91,12 +91,8 @@ def evaluate_runs(command: Command) -> dict[str, Any]:
     ready: dict[str, tuple[Path, Trained, Evaluator | AugmentationEvaluator]] = {}
     for name, folder in _names(command.run_dirs).items():
         trained = open_run(folder, command.checkpoint, command.ema, command.device, warn)
-        place = {k: v for k, v in vars(command.data).items() if v is not None}
-        recipe = replace(
-            trained.recipe,
-            metrics=command.metrics,
-            data=replace(trained.recipe.data, **place),
-        )
+        data = trained.data_at(command.data)
+        recipe = replace(trained.recipe, metrics=command.metrics, data=data)
         if command.teaches:
             evaluator = AugmentationEvaluator(recipe, command.augmentation, device, say)
         else:

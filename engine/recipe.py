@@ -123,10 +123,9 @@ def check(recipe: Recipe, world_size: int) -> None:
     _check_metrics(recipe.metrics)
     recipe.step.check()
     recipe.step.check_data(recipe.data)
-    players = recipe.step.players()
-    for name, player in players.items():
+    for name, player in recipe.step.players().items():
         _check_player(name, player)
-    if recipe.data.without and any(player.network.classes for player in players.values()):
+    if recipe.data.without and recipe.step.told():
         raise ValueError(
             "--data.without is for models that are not told the class: this one would still be "
             "asked for those that it has never seen"
@@ -135,7 +134,7 @@ def check(recipe: Recipe, world_size: int) -> None:
 
 def check_classes(recipe: Recipe, classes: int) -> None:
     """Raise ValueError where networks are given classes that the dataset has not so many of."""
-    told = {n: p.network.classes for n, p in recipe.step.players().items() if p.network.classes}
+    told = recipe.step.told()
     for name, wanted in told.items():
         if wanted != classes:
             has = f"has {classes} classes" if classes else "has no classes"

@@ -175,6 +175,11 @@ class Algorithm:
         latent vector. 0 where it is given none."""
         return 0
 
+    def told(self) -> dict[str, int]:
+        """The dataset's classes by each player whose network is given them."""
+        counts = {name: player.network.classes for name, player in self.players().items()}
+        return {name: count for name, count in counts.items() if count}
+
     def check_data(self, data: Data) -> None:
         """Raise ValueError, naming flag and remedy, for data that it cannot be trained on."""
 

@@ -7,7 +7,7 @@ Shapes: N images, C channels, H height, W width, L latent.
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from engine.settings import Networks, Recipe
 from engine.stored import CheckpointError, Loaded
 from engine.world import choose_device
 from kernels import philox
+from pipelines.settings import Data
 
 LATENTS = 3  # noise stream; training takes 1, a run's own pictures 2
 
@@ -112,6 +113,11 @@ class Trained(Model):
     networks: Networks
     index: dict[str, Any]
     """The checkpoint's own account of itself."""
+
+    def data_at(self, place: object) -> Data:
+        """The run's data settings with where the dataset lies now: those fields of `place` that
+        are not None."""
+        return replace(self.recipe.data, **{k: v for k, v in vars(place).items() if v is not None})
 
     @property
     def channels(self) -> int:

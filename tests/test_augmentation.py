@@ -20,7 +20,6 @@ from engine.metrics.augmentation import Augmentation, AugmentationEvaluator
 from engine.recipe import load, names
 from engine.report.__main__ import main as report
 from engine.session import build_networks
-from engine.settings import Recipe
 from pipelines.datasets import find
 from pipelines.settings import Data
 from tests.images import images
@@ -173,11 +172,7 @@ def test_report_and_model_card_show_them(run_folder, results, tmp_path, capsys):
     assert "- test: 400 held-out images" in card
 
 
-def given_classes(recipe: Recipe) -> bool:
-    return any(player.network.classes for player in recipe.step.players().values())
-
-
-@pytest.mark.parametrize("name", [name for name in names() if given_classes(load(name))])
+@pytest.mark.parametrize("name", [name for name in names() if load(name).step.told()])
 def test_every_recipe_whose_generator_is_given_classes_can_be_measured(name):
     recipe, _ = toy(name)
     recipe = replace(recipe, data=replace(recipe.data, resolution=16))

@@ -8,6 +8,7 @@ from torch import nn
 
 from engine.describe import parameters
 from engine.networks import dcgan, mlp, vae
+from engine.networks.point import FromPoint, ToPoint
 from engine.networks.spec import ImageSpec, Network
 from engine.recipe import load
 from engine.session import build_networks
@@ -126,6 +127,29 @@ def test_vae_mnist_has_the_parameters_counted_by_hand():
     encoder = 784 * 400 + 400 + 400 * 40 + 40
     decoder = 20 * 400 + 400 + 400 * 784 + 784
     assert parameters(network) == encoder + decoder == 652_824
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("ours", "library"), [(FromPoint, nn.ConvTranspose2d), (ToPoint, nn.Conv2d)]
+)
+def test_a_convolution_at_a_point_is_the_librarys(ours, library, channels_last):
+    torch.manual_seed(0)
+    layer, wanted = ours(6, 5, 4).double(), library(6, 5, 4, bias=False).double()
+    wanted.load_state_dict(layer.state_dict())
+    side = 1 if ours is FromPoint else 4
+    x_NCHW = torch.randn(3, 6, side, side, dtype=torch.float64, requires_grad=True)
+    if channels_last:
+        layer, x_NCHW = (t.to(memory_format=torch.channels_last) for t in (layer, x_NCHW))
+    out, right = layer(x_NCHW), wanted(x_NCHW)
+    upstream = torch.randn_like(right)
+    torch.testing.assert_close(out, right, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(out, [x_NCHW, layer.weight], upstream),
+        torch.autograd.grad(right, [x_NCHW, wanted.weight], upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 # initial values

@@ -207,7 +207,13 @@ class NoReadback(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_value_is_brought_to_the_host():
+@pytest.fixture
+def on_tensors(monkeypatch):
+    """As on a GPU and in a compiled graph, where numpy has no part."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+def test_no_value_is_brought_to_the_host(on_tensors):
     with NoReadback():
         philox.normal(KEY, 1, MANY[:9], 7)
         philox.uniform(KEY, 1, MANY[:9], 7)
@@ -219,6 +225,16 @@ def test_it_runs_on_the_meta_device():
     key = philox.make_key(1, device="meta")
     numbers = philox.normal(key, 1, torch.arange(6, device="meta"), 5)
     assert numbers.device.type == "meta" and numbers.shape == (6, 5)
+
+
+@pytest.mark.parametrize("size", [1, 4, 10, 100])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_numpy_and_tensors_give_the_same_bits(monkeypatch, seed, size):
+    key, index_N = philox.make_key(seed), torch.cat([MANY[:9], 2**31 + MANY[:9], 2**45 + MANY[:9]])
+    by_numpy = philox.bits(key, 9, index_N, size)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(philox, "_philox_numpy", None)
+    assert torch.equal(philox.bits(key, 9, index_N, size), by_numpy)
 
 
 @pytest.mark.slow

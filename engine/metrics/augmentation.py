@@ -136,8 +136,7 @@ def _labelled_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
     dataset, or the dataset has no labels or test images."""
     step = recipe.step
     # clusters that a model has found by itself are classes of its sampler, but not the dataset's
-    given = any(player.network.classes for player in step.players().values())
-    if not (given and step.classes()):
+    if not (step.told() and step.classes()):
         raise ValueError(
             "--augmentation needs a generator that is given the dataset's classes, as that of "
             "cgan_mnist is: leave it out for other runs"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.networks.conditional import ConditionalNorm
 from engine.networks.dcgan import init_weights, stages
+from engine.networks.point import FromPoint
 from engine.networks.spec import ImageSpec, Network
 
 
@@ -79,12 +80,11 @@ class ConditionalStages(nn.Module):
 
     def __init__(self, latent: int, widths: list[int], base: int, classes: int, out: int) -> None:
         super().__init__()
-        sizes = [(latent, base, 1, 0), *((width, 4, 2, 1) for width in widths)]
-        pairs = list(zip(sizes, [*widths, out], strict=True))
-        self.convolutions = nn.ModuleList(
-            nn.ConvTranspose2d(before, after, kernel, stride, padding, bias=False)
-            for (before, kernel, stride, padding), after in pairs
+        doublings = (
+            nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)
+            for before, after in pairwise([*widths, out])
         )
+        self.convolutions = nn.ModuleList([FromPoint(latent, widths[0], base), *doublings])
         self.norms = nn.ModuleList(ConditionalNorm(width, classes) for width in widths)
 
     def forward(self, z_NL: Tensor, label_N: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from engine.networks.point import FromPoint, ToPoint
 from engine.networks.spec import ImageSpec, Network
 
 
@@ -55,7 +56,7 @@ class Generator(Network):
         channels = self.width * 2 ** (doublings - 1)
         layers: list[nn.Module] = [
             nn.Unflatten(1, (self.latent, 1, 1)),
-            nn.ConvTranspose2d(self.latent, channels, base, 1, 0, bias=False),
+            FromPoint(self.latent, channels, base),
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         ]
@@ -103,5 +104,5 @@ class Discriminator(Network):
                 nn.LeakyReLU(0.2, inplace=True),
             ]
             channels *= 2
-        layers.append(nn.Conv2d(channels, 1, base, 1, 0, bias=False))
+        layers.append(ToPoint(channels, 1, base))
         return Logits(layers).apply(init_weights)
