@@ -1,0 +1,73 @@
+"""VGG19's convolutions, a fixed judge of how alike images look.
+
+Simonyan and Zisserman 2015, "Very deep convolutional networks for large-scale image recognition",
+https://arxiv.org/abs/1409.1556, table 1, column E, up to conv5_4 and its ReLU: phi_{5,4} of Ledig
+et al. 2017. Weights are those of torchvision's file, which are for images normalised as below.
+
+Shapes: N batch, C channels, H height, W width.
+"""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # channels, convolutions
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LEAST = 16
+"""Side of the smallest images that go through the four poolings."""
+EXPECTED = "--vgg takes torchvision's VGG19 (vgg19-dcbb9e9d.pth), or its state dict as .safetensors"
+
+
+class Vgg19(nn.Module):
+    """The layers under torchvision's names: features.0.weight and so on."""
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = 3
+        for width, count in BLOCKS:
+            layers += [nn.MaxPool2d(2)] if layers else []
+            for _ in range(count):
+                layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+                before = width
+        self.features = nn.Sequential(*layers)
+        for name, values in (("mean_C11", MEAN), ("std_C11", STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Features (N, 512, H // 16, W // 16) of images in [-1, 1], grey or colour."""
+        x_NCHW = ((x_NCHW + 1) / 2).expand(-1, 3, -1, -1)
+        return self.features((x_NCHW - self.mean_C11) / self.std_C11)
+
+
+def read_vgg(path: Path, device: torch.device) -> Vgg19:
+    """The network with a file's weights, fixed, on the device. Raises ValueError naming the flag
+    where the file is another's."""
+    if not path.is_file():
+        raise ValueError(f"--vgg {path}: there is no such file")
+    network = Vgg19()
+    wanted, state = network.state_dict(), _state(path)
+    for name, tensor in wanted.items():
+        found = state.get(name) if isinstance(state, dict) else None
+        if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            has = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "missing"
+            raise ValueError(f"--vgg {path} is not VGG19's ({name} is {has}): {EXPECTED}")
+    network.load_state_dict({name: state[name] for name in wanted})
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _state(path: Path) -> object:
+    """What a file holds; nothing in it is ever run."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever a foreign file makes the readers raise, a KeyError too
+        raise ValueError(f"--vgg {path} holds no state dict: {EXPECTED}") from None
