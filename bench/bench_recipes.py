@@ -1,4 +1,5 @@
-"""Every adversarial recipe beside its plain form (bench/plain.py): plain, ours eager, compiled.
+"""Every adversarial recipe beside its plain form (bench/plain.py, bench/plain_translation.py):
+plain, ours eager, compiled.
 
     pytest bench/bench_recipes.py --benchmark-only
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.plain import PlainGAN, normalised
+from bench.plain_translation import PlainCycle, PlainPaired
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
 from engine.describe import cost
@@ -30,14 +32,17 @@ from engine.precision import choose_precision
 from engine.settings import Optimizer, PlayerSettings, Recipe, RMSprop
 from engine.stats import synchronize
 from engine.steps.adversarial import Adversarial
+from engine.steps.cycle import Cycle
+from engine.steps.paired import Paired
 from engine.steps.progressive import Progressive
 from pipelines.batch import Batch
 
 WARM_UP, ROUNDS = 1, 5
 FEWEST, MOST_FLOPS = 16, 64e9
 WIDTHS = ("width", "base", "channels", "hidden")
+FAMILIES = (Adversarial, Progressive, Cycle, Paired)
 ALL = {name: recipe.load(name) for name in recipe.names()}
-NAMES = [name for name, r in ALL.items() if isinstance(r.step, Adversarial | Progressive)]
+NAMES = [name for name, r in ALL.items() if isinstance(r.step, FAMILIES)]
 
 
 def halved(given: Recipe) -> Recipe:
@@ -93,7 +98,10 @@ def plain_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Opti
     return torch.optim.Adam(network.parameters(), settings.lr, settings.betas, settings.eps)
 
 
-def plain_of(given: Recipe, device: torch.device) -> PlainGAN:
+Plain = PlainGAN | PlainCycle | PlainPaired
+
+
+def plain_of(given: Recipe, device: torch.device) -> Plain:
     """The plain form of a recipe, with the parameters that its session begins with."""
     step, made = given.step, {}
     players = step.players()
@@ -106,6 +114,10 @@ def plain_of(given: Recipe, device: torch.device) -> PlainGAN:
         made[name] = network.to(device).train()
         optimizer = players[name].optimizer
         made[f"optimizer_{name[0]}"] = plain_optimizer(optimizer, made[name])
+    if isinstance(step, Cycle):
+        return PlainCycle(**made, cycle=step.cycle, identity=step.identity)
+    if isinstance(step, Paired):
+        return PlainPaired(**made, l1=step.l1, reverse=step.direction == "BtoA")
     latent = players["generator"].network.latent
     if isinstance(step, Progressive):
         return PlainGAN(
@@ -128,19 +140,27 @@ def plain_of(given: Recipe, device: torch.device) -> PlainGAN:
     )
 
 
-def noise_batch(given: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images of noise in [-1, 1], contiguous, and a class for each."""
+def noise_batch(given: Recipe, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Images of noise in [-1, 1], contiguous, a class for each, and a partner."""
     data, generator = given.data, torch.Generator().manual_seed(0)
     shape = (data.batch, data.channels, data.resolution, data.resolution)
     real_NCHW = torch.rand(shape, generator=generator) * 2 - 1
     label_N = torch.randint(max(given.step.classes(), 1), shape[:1], generator=generator)
-    return real_NCHW.to(device), label_N.to(device)
+    pair_NCHW = torch.rand(shape, generator=generator) * 2 - 1
+    return real_NCHW.to(device), label_N.to(device), pair_NCHW.to(device)
+
+
+def seen_by_plain(given: Recipe, device: torch.device) -> tuple[Tensor, ...]:
+    """What of such a batch an iteration of the plain form takes."""
+    real_NCHW, label_N, pair_NCHW = noise_batch(given, device)
+    if isinstance(given.step, Cycle | Paired):
+        return real_NCHW, pair_NCHW
+    return (real_NCHW, label_N) if given.step.classes() else (real_NCHW,)
 
 
 def plain(given: Recipe, device: torch.device):
     """A period of the plain form."""
-    baseline, (real_NCHW, label_N) = plain_of(given, device), noise_batch(given, device)
-    seen = (real_NCHW, label_N) if given.step.classes() else (real_NCHW,)
+    baseline, seen = plain_of(given, device), seen_by_plain(given, device)
     updates = given.step.updates[-1] if isinstance(given.step, Progressive) else 1
     parts = list(zip(*(t.chunk(updates) for t in seen), strict=True))
 
@@ -157,12 +177,14 @@ def ours(given: Recipe, device: torch.device, compiled: bool):
     ranks, precision = world.Ranks(0, 0, 1, device), choose_precision("auto", device)
     live = session.start(given, ranks, precision, Compiler(compiled, "bench", True), 10**9)
     live.clock.seek(given.step.settles() * given.data.batch)
-    real_NCHW, label_N = noise_batch(given, device)
-    real_NCHW = real_NCHW.contiguous(memory_format=torch.channels_last)
+    real_NCHW, label_N, pair_NCHW = noise_batch(given, device)
+    real_NCHW, pair_NCHW = (
+        t.contiguous(memory_format=torch.channels_last) for t in (real_NCHW, pair_NCHW)
+    )
 
     def period():
         for _ in range(given.step.period()):
-            live.step(Batch(real_NCHW, label_N, live.clock.position_N()))
+            live.step(Batch(real_NCHW, label_N, live.clock.position_N(), pair_NCHW))
             live.clock.advance()
 
     return period
@@ -232,7 +254,7 @@ def summary(ratios: dict[str, dict[str, float]]) -> dict[str, float]:
     found = {}
     for variant in next(iter(ratios.values())):
         values = {name: r[variant] for name, r in ratios.items()}
-        penalised = [v for name, v in values.items() if ALL[name].step.gp > 0]
+        penalised = [v for name, v in values.items() if getattr(ALL[name].step, "gp", 0) > 0]
         found[f"{variant}_geometric_mean"] = math.exp(
             statistics.mean(map(math.log, values.values()))
         )

@@ -82,7 +82,11 @@ def example_batch(recipe: Recipe, images: int) -> Batch:
     shape = (images, data.channels, data.resolution, data.resolution)
     labels = torch.zeros(images, dtype=torch.int64, device=META)
     positions: Tensor = torch.arange(images, device=META)
-    return Batch(torch.empty(shape, device=META), labels, positions)
+    batch = Batch(torch.empty(shape, device=META), labels, positions)
+    if data.has_pairs():
+        sides = [side // (data.scale or 1) for side in shape[2:]]
+        batch.pair_NCHW = torch.empty((*shape[:2], *sides), device=META)
+    return batch
 
 
 def parameters(network: nn.Module) -> int:

@@ -3,6 +3,7 @@
     python -m engine.evaluate RUN_DIR                         all metrics of its newest checkpoint
     python -m engine.evaluate RUN_A RUN_B --checkpoint best   side by side, under one protocol
     python -m engine.evaluate RUN_DIR --augmentation          do its samples teach a classifier?
+    python -m engine.evaluate RUN_DIR --sr Set5/ Set14/       how well does it enlarge these?
     python -m engine.evaluate --real DIR --fake DIR           anybody's generator
     python -m engine.evaluate --real DIR --fake DIR --paired  PSNR and SSIM by file name
 
@@ -25,12 +26,14 @@ from rich.table import Table
 
 from engine.checkpoint import CheckpointError
 from engine.metrics.augmentation import Augmentation, AugmentationEvaluator
-from engine.metrics.evaluator import Evaluation, Evaluator
+from engine.metrics.evaluator import Evaluation
 from engine.metrics.folders import Folders
+from engine.metrics.open import Measuring, open_evaluator
 from engine.metrics.protocol import Protocol, differences, held_out_words
+from engine.metrics.super_resolution import BenchmarkEvaluator
 from engine.report.read import EVALUATED, read_evaluated
 from engine.run import RunError, read_recipe
-from engine.settings import Metrics
+from engine.settings import Metrics, Recipe
 from engine.trained import Choice, Trained, open_run
 from engine.verb import exit_code, say, warn
 from engine.whole import write_whole
@@ -39,6 +42,7 @@ from pipelines.datasets import BadImage, DatasetMissing
 from pipelines.pack import CacheUnusable
 from pipelines.settings import Data
 
+Opened = Measuring | AugmentationEvaluator | BenchmarkEvaluator
 FAILURES = (RunError, CheckpointError, BadImage, DatasetMissing, CacheUnusable, OSError)
 
 
@@ -72,6 +76,9 @@ class Command:
     """For class-conditional runs, in place of the other figures: the accuracy on held-out images of
     classifiers that learnt from real images, from these and samples, and from samples alone."""
     augmentation: Augmentation = field(default_factory=Augmentation)
+    sr: tuple[Path, ...] = ()
+    """For runs that enlarge images, in place of the other figures: folders of large images. PSNR
+    and SSIM of each, on luminance, beside bicubic."""
     checkpoint: Choice = None
     """Images seen at the checkpoint to take, or `best`; default: the newest whole one."""
     ema: bool = True
@@ -88,16 +95,12 @@ def evaluate_runs(command: Command) -> dict[str, Any]:
     """All figures of the runs by name, protocols compared before anything is measured."""
     device = choose_device(command.device)
     ranks = Ranks(0, 0, 1, device)
-    ready: dict[str, tuple[Path, Trained, Evaluator | AugmentationEvaluator]] = {}
+    ready: dict[str, tuple[Path, Trained, Opened]] = {}
     for name, folder in _names(command.run_dirs).items():
         trained = open_run(folder, command.checkpoint, command.ema, command.device, warn)
         data = trained.data_at(command.data)
         recipe = replace(trained.recipe, metrics=command.metrics, data=data)
-        if command.teaches:
-            evaluator = AugmentationEvaluator(recipe, command.augmentation, device, say)
-        else:
-            evaluator = Evaluator(recipe, ranks, say)
-        ready[name] = folder, trained, evaluator
+        ready[name] = folder, trained, _opened(command, recipe, ranks)
     refuse_mixed({name: e.protocol(t.averaged) for name, (_, t, e) in ready.items()})
     results = {}
     for name, (folder, trained, evaluator) in ready.items():
@@ -107,6 +110,15 @@ def evaluate_runs(command: Command) -> dict[str, Any]:
         results[name] |= _plain(evaluation)
         remember(folder, results[name])
     return results
+
+
+def _opened(command: Command, recipe: Recipe, ranks: Ranks) -> Opened:
+    """The evaluator that the command asks for. Raises ValueError."""
+    if command.sr:
+        return BenchmarkEvaluator(recipe, command.sr, ranks)
+    if command.teaches:
+        return AugmentationEvaluator(recipe, command.augmentation, ranks.device, say)
+    return open_evaluator(recipe, ranks, say)
 
 
 def remember(folder: Path, result: dict[str, Any]) -> None:
@@ -197,6 +209,8 @@ def check(command: Command) -> None:
             raise ValueError(f"{flag} is for --real and --fake")
     if command.teaches and command.real:
         raise ValueError("--augmentation is for runs: leave --real and --fake out")
+    if command.sr and (command.real or command.teaches):
+        raise ValueError("--sr is for runs, and alone: leave --real, --fake and --augmentation out")
     if command.augmentation != Augmentation() and not command.teaches:
         raise ValueError("--augmentation.* are settings of --augmentation: give it too")
     if command.augmentation.steps < 1:

@@ -3,11 +3,16 @@
 Shapes: N images, C channels, H height, W width.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import philox
+from pipelines.batch import Batch, Clock
 from pipelines.datasets import BadImage, Dataset, DatasetMissing, NoSplit, decode_some, find
+from pipelines.open import open_pipeline
 from pipelines.order import Order
 from pipelines.settings import Data
 
@@ -26,6 +31,25 @@ def originals(data: Data, seed: int, count: int) -> tuple[Tensor, str]:
     except NoSplit as reason:
         dataset, label = find(data), f"training images ({reason})"
     return in_random_order(dataset, data, seed, count), label
+
+
+def held_out_batch(data: Data, device: torch.device, count: int) -> Batch:
+    """Up to `count` images on the device, with all that a pipeline hands out with them: held-out
+    ones, or training images where the dataset has no others that can be used."""
+    data = replace(data, flip=False, download=False, balanced=False)
+    try:
+        dataset = find(data, "test")
+    except UNUSABLE:
+        dataset = find(data)
+    clock = Clock(min(count, dataset.images), device)
+    data = replace(data, batch=clock.batch)
+    key = philox.make_key(0, device=device)
+    pipeline = open_pipeline(dataset, data, clock, 0, key, say=lambda text: None)
+    try:
+        pipeline.ready(clock)
+        return pipeline.batch(clock)
+    finally:
+        pipeline.close()
 
 
 def in_random_order(dataset: Dataset, data: Data, seed: int, count: int) -> Tensor:

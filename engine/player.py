@@ -104,19 +104,17 @@ class Player:
         """Minimise loss_fn(network, *args) -> (loss, values) by one optimizer step.
 
         Tensor arguments with axes, the first being the batch, are split into micro-batches, the
-        loss being a mean over the batch. Returns the values, averaged over micro-batches, with
-        the loss and the gradient's norm.
+        loss being a mean over the batch. Returns the loss, the gradient's norm and the values:
+        those without axes averaged over micro-batches, what else a loss hands on put together.
         """
         self.clock.enter(self.name)
-        sums: list[Tensor] = []
-        chunks = self._micro_batches(args)
+        chunks, found = self._micro_batches(args), []
         for i, part in enumerate(chunks):
             values = self._micro_update(loss_fn, part, len(chunks), last=i == len(chunks) - 1)
-            current = [v.detach() / len(chunks) for v in values.values()]
-            sums = current if not sums else [a + b for a, b in zip(sums, current, strict=True)]
-        norm = torch.zeros_like(self.lr) if self.rehearsing else self._optimize(sums[0])
-        names = (*values, "grad_norm")
-        return {f"{self.name}/{n}": v for n, v in zip(names, (*sums, norm), strict=True)}
+            found.append({name: value.detach() for name, value in values.items()})
+        values = {name: _joined([part[name] for part in found]) for name in found[0]}
+        norm = torch.zeros_like(self.lr) if self.rehearsing else self._optimize(values["loss"])
+        return {f"{self.name}/{n}": v for n, v in (values | {"grad_norm": norm}).items()}
 
     def clip_weights(self, bound: float) -> None:
         """Clip every parameter to [-bound, bound]."""
@@ -181,6 +179,11 @@ class Player:
         )
         if factor is not None:
             self.lr.copy_(self.settings.optimizer.lr * factor)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The mean of scalars; tensors with axes one after the other."""
+    return torch.cat(parts) if parts[0].ndim else sum(part / len(parts) for part in parts)
 
 
 def learning_rate_factor(

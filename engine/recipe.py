@@ -217,7 +217,8 @@ def total_images(recipe: Recipe, dataset_images: int) -> int:
 
 def image_spec(recipe: Recipe, classes: int = 0) -> ImageSpec:
     """Shape of the recipe's images."""
-    return ImageSpec(recipe.data.channels, recipe.data.resolution, classes)
+    data = recipe.data
+    return ImageSpec(data.channels, data.resolution, classes, data.scale or 1)
 
 
 def to_values(settings: Any) -> dict[str, Any]:

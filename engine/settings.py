@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 from torch import Tensor, nn
@@ -132,6 +132,28 @@ class Metrics:
     """LPIPS too, where images come in pairs (the library fetches AlexNet)."""
 
 
+NO_LATENTS = (
+    "this recipe's model makes no images from latent vectors; where it makes them from images, "
+    "python -m engine.translate RUN_DIR INPUT... --out DIR does"
+)
+Direction = Literal["AtoB", "BtoA"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """How a model that makes images of images takes them."""
+
+    directions: tuple[Direction, ...] = ()
+    """From which domain to which, if there are two; the first is what is done unasked."""
+    multiple: int = 1
+    """What height and width must be multiples of."""
+    scale: int = 1
+    """By what factor the images that it makes are larger."""
+    reach: int | None = None
+    """How far around a place it looks, in pixels of the given image; none: at all of it."""
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """A training algorithm: its players, and how one iteration updates them.
@@ -163,6 +185,15 @@ class Algorithm:
         """Iterations that together show all that is computed."""
         return tuple(range(min(self.period(), 2)))
 
+    def reduced(self) -> int:
+        """Bytes that a rank gives into the step's own sum over ranks in an iteration; gradients and
+        norms not counted. 0 where it takes none."""
+        return 0
+
+    def gathered(self, data: Data) -> int:
+        """Bytes of each image that its rank gives to all others in an iteration."""
+        return 0
+
     def second_order(self) -> bool:
         """Whether a loss holds a gradient of a network (a penalty)."""
         return False
@@ -185,25 +216,51 @@ class Algorithm:
 
     def latent_dim(self) -> int:
         """Length of the latent vector."""
-        raise ValueError("this recipe's model has no latent vector")
+        raise ValueError(NO_LATENTS)
 
     def sampler(self, networks: "Networks") -> nn.Module:
         """What makes images (N, C, H, W), float32 in [-1, 1], from latent vectors (N, L), in the
         mode that the networks are in; it shares their weights."""
-        raise ValueError("this recipe's model does not generate images from latent vectors")
+        raise ValueError(NO_LATENTS)
 
     def sampler_settings(self) -> Network:
         """Sizes whose `build` gives the module that `sampler` does, for whoever has only its
         weights."""
-        raise ValueError("this recipe's model does not generate images from latent vectors")
+        raise ValueError(NO_LATENTS)
 
     def decode(self, networks: "Networks", z_NL: Tensor) -> Tensor:
         """Images (N C H W in [-1, 1]) from latent vectors, by networks in eval mode."""
         return self.sampler(networks)(z_NL).float()
 
+    def notes(self) -> tuple[str, ...]:
+        """What a run says of it at its start: what it takes in place of what it was not given."""
+        return ()
+
+    def translation(self, data: Data) -> Translation:
+        """How `translate` takes images."""
+        raise ValueError("this recipe's model does not translate images")
+
+    def translate(self, networks: "Networks", images_NCHW: Tensor, direction: Direction) -> Tensor:
+        """Images of the other domain or of the larger size, float32 in [-1, 1]."""
+        raise ValueError("this recipe's model does not translate images")
+
+    def columns(self, networks: "Networks", batch: "Batch") -> tuple[Tensor, ...]:
+        """What stands side by side in a picture of what the model makes of held-out images: each
+        (N, C, H, W) in [-1, 1], by networks in eval mode."""
+        raise ValueError("this recipe's model makes nothing of given images")
+
     def reconstruct(self, networks: "Networks", images_NCHW: Tensor) -> Tensor:
         """What the model makes of given images (N C H W in [-1, 1])."""
         raise ValueError("this recipe's model does not reconstruct images")
+
+    def remade(self, networks: "Networks", batch: "Batch") -> tuple[Tensor, Tensor]:
+        """What the model makes of a held-out batch, and what that should be: (N, C, H, W) each, in
+        [-1, 1]."""
+        return self.reconstruct(networks, batch.images_NCHW), batch.images_NCHW
+
+    def trivial(self, batch: "Batch") -> dict[str, Tensor]:
+        """By name, what one would have in place of `remade` without a model."""
+        return {}
 
     def held_out(self, networks: "Networks", batch: "Batch", key: Tensor) -> "Values":
         """Named figures per image (N,) on a held-out batch; empty where the family has none."""

@@ -15,11 +15,12 @@ from engine.monitors import pairwise_distance
 from engine.neighbours import Found, Neighbours
 from engine.networks.conditional import with_classes
 from engine.origin import Origin
-from engine.originals import UNUSABLE, originals, rows_over_rows
+from engine.originals import UNUSABLE, held_out_batch, originals, rows_over_rows
 from engine.session import Session
 from engine.settings import Algorithm
 from engine.world import Ranks
 from kernels import philox
+from pipelines.batch import Batch
 from pipelines.datasets import Dataset, decode_some
 
 SAMPLES = 2  # noise stream of latents for pictures
@@ -43,6 +44,7 @@ class Snapshots:
         self._dataset = dataset
         self._neighbours: Neighbours | None = None
         self._originals_NCHW: Tensor | None = None
+        self._shown: Batch | None = None
 
     def take(self) -> dict[str, float]:
         """Write the pictures of this moment; gives the figures that go with them.
@@ -56,6 +58,8 @@ class Snapshots:
                 self._interpolation()
             if self._able("reconstruct"):
                 self._reconstruction()
+            if self._able("columns"):
+                self._columns()
             if self._held_out:
                 found = self._held_out.figures(self.session.samplers())
                 figures |= {f"test/{name}": value for name, value in found.items()}
@@ -111,6 +115,17 @@ class Snapshots:
         picture = pictures.grid(rows_over_rows(above_NCHW, made_NCHW, columns), columns)
         path = self.folder / "reconstruction.png"
         pictures.save(picture, path, self._origin(composite=True))
+
+    def _columns(self) -> None:
+        """Held-out images beside what the model makes of them, a row for each."""
+        session = self.session
+        if self._shown is None:
+            count = session.recipe.outputs.samples
+            self._shown = held_out_batch(session.recipe.data, session.clock.device, count)
+        columns = session.recipe.step.columns(session.samplers(), self._shown)
+        made_NCHW = torch.stack(columns, 1).flatten(0, 1).float().cpu()
+        path = self.folder / f"samples/{session.clock.images:09}.png"
+        pictures.save(pictures.grid(made_NCHW, len(columns)), path, self._origin(composite=True))
 
     def _origin(self, composite: bool = False) -> Origin:
         """What pictures of this moment say of where they come from; a run is runs/RECIPE/NAME."""

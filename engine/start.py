@@ -143,7 +143,7 @@ def _prepare(
     resolved = _resolved(live, pipeline, precision, compiler) | {
         "accumulate": [shared.accumulate, micro]
     }
-    for line in _introduction(resolved, ranks, dataset):
+    for line in _introduction(resolved, ranks, dataset, recipe.step.notes()):
         display.line(line)
     for line in launcher.doubts():
         display.warn(line)
@@ -298,7 +298,9 @@ def _newest(checkpoints: Path, display: Display) -> Path | None:
     return newest
 
 
-def _introduction(resolved: dict[str, Any], ranks: Ranks, dataset: Dataset) -> list[str]:
+def _introduction(
+    resolved: dict[str, Any], ranks: Ranks, dataset: Dataset, notes: tuple[str, ...]
+) -> list[str]:
     images = f"{len(dataset):,} images"
     lines = [f"data: {dataset.name}, {images}" + (f" ({dataset.note})" if dataset.note else "")]
     lines.append(f"pipeline: {resolved['pipeline'][1]}")
@@ -311,7 +313,7 @@ def _introduction(resolved: dict[str, Any], ranks: Ranks, dataset: Dataset) -> l
     lines.append("precision: {} ({})".format(*resolved["precision"]))
     active, reason = resolved["compile"]
     lines.append(f"compile: {'on' if active else 'off'} ({reason})")
-    return lines
+    return [*lines, *notes]
 
 
 def _compile(live: Session, pipeline: Pipeline, display: Display) -> None:

@@ -150,6 +150,8 @@ def dry_run(
         "pipeline": ": ".join(choose(dataset, recipe.data, device)),
         "metrics": _metrics(recipe.metrics),
     }
+    if notes := recipe.step.notes():
+        facts["notes"] = "\n".join(notes)
     describe.show(Console(), name, recipe, facts, len(dataset.classes))
 
 

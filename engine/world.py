@@ -52,9 +52,23 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=self.device, group=self.group)
         return box[0]
 
+    def concatenated(self, values: Tensor) -> Tensor:
+        """Every rank's device tensor, of one shape, along its first axis in the order of ranks."""
+        if self.world_size == 1:
+            return values
+        whole = values.new_empty((self.world_size * len(values), *values.shape[1:]))
+        dist.all_gather_into_tensor(whole, values.contiguous())
+        return whole
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.gather(None)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks of a device tensor, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks of a device tensor, in place."""

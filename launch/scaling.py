@@ -98,11 +98,11 @@ def reduce_seconds(
 
 
 def communication(
-    work: Work, cluster: Cluster, gpus: int, compute_s: float, cap: int
+    work: Work, cluster: Cluster, gpus: int, compute_s: float, cap: int, images: int = 0
 ) -> tuple[float, float]:
-    """(hidden, exposed) seconds of the mean iteration, computing `compute_s` seconds. Nothing runs
-    beside the moments of BatchNorm; the control flag travels on the host while the next iteration
-    runs."""
+    """(hidden, exposed) seconds of the mean iteration on so many images for each GPU, computing
+    `compute_s` seconds. Nothing runs beside the moments of BatchNorm; the control flag travels on
+    the host while the next iteration runs."""
     if gpus == 1:
         return 0.0, 0.0
     pace = compute_s / work.flops_per_image
@@ -110,7 +110,8 @@ def communication(
     total, exposed = (sum(values) for values in zip(*pairs, strict=True))
     moments = sum(all_gather(cluster, size, gpus) for size in work.gathers)
     moments += sum(all_reduce(cluster, size, gpus) for size in work.sums)
-    return (total - exposed) / work.period, (exposed + moments) / work.period
+    own = all_gather(cluster, images * work.gathered, gpus) if work.gathered else 0.0
+    return (total - exposed) / work.period, (exposed + moments) / work.period + own
 
 
 def answer(question: Question, name: str) -> list[Prediction]:
@@ -139,7 +140,7 @@ def _predicted(question: Question, work: Work, scaling: str, gpus: int, batch: i
         rate = question.images_per_s * work.flops_per_image
     compute = compute_seconds(work, batch, rate)
     cap = int(question.bucket_mb * 2**20)
-    hidden, exposed = communication(work, H100, gpus, compute, cap)
+    hidden, exposed = communication(work, H100, gpus, compute, cap, batch)
     speed = gpus * batch / (compute + exposed)
     alone = work.batch / compute_seconds(work, work.batch, rate)
     return Prediction(

@@ -74,7 +74,8 @@ class Work:
     """What a recipe's iterations do until their pattern repeats.
 
     products: convolutions and matrix products of an iteration. gathers, sums: bytes of each
-    collective of synchronised BatchNorm, over the period.
+    collective of synchronised BatchNorm, and of the step's own, over the period. gathered: bytes of
+    each image that its rank gives to all others in an iteration.
     """
 
     name: str
@@ -85,14 +86,16 @@ class Work:
     updates: tuple[Update, ...]
     gathers: tuple[int, ...]
     sums: tuple[int, ...]
+    gathered: int = 0
 
-    def volume(self) -> dict[str, float]:
-        """Bytes that a rank gives into collectives in the mean iteration: each player's gradients,
-        the moments of synchronised BatchNorm, the control flag."""
+    def volume(self, images: int = 0) -> dict[str, float]:
+        """Bytes that a rank with so many images gives into collectives in the mean iteration: each
+        player's gradients, moments (those of synchronised BatchNorm, a codebook's, and images), the
+        control flag."""
         found = {update.player: 0.0 for update in self.updates}
         for update in self.updates:
             found[update.player] += sum(g.size for g in update.gradients) / self.period
-        moments = (sum(self.gathers) + sum(self.sums)) / self.period
+        moments = (sum(self.gathers) + sum(self.sums)) / self.period + images * self.gathered
         return found | {"moments": moments, "flag": FLAG}
 
 
@@ -161,6 +164,8 @@ def trace(name: str, recipe: Recipe, synchronised: bool = False) -> Work:
     live.clock.seek(recipe.step.settles() * images)
     if synchronised:
         tape.watch_norms(live)
+    if recipe.step.reduced():
+        tape.sums += [recipe.step.reduced()] * period
     with live.rehearsing(), count:
         for _ in range(period):
             live.step(example_batch(recipe, images))
@@ -174,4 +179,5 @@ def trace(name: str, recipe: Recipe, synchronised: bool = False) -> Work:
         tuple(tape.updates),
         tuple(tape.gathers),
         tuple(tape.sums),
+        recipe.step.gathered(recipe.data),
     )

@@ -6,11 +6,12 @@ the process group and before any compile. Nothing is ever replaced by synthetic 
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from pipelines import layouts
+from pipelines import captions, layouts
 from pipelines.archives import holds_archives, open_archive
 from pipelines.birds import open_birds
 from pipelines.domains import open_pairs, open_tiles, open_unpaired
@@ -41,7 +42,12 @@ PLACES = {
     "tiles": (open_tiles, ("DIV2K", "DIV2K/DIV2K_train_HR", "DIV2K_train_HR")),
 }
 NEEDS_PATH = ("folder", "unpaired", "pairs")
-NAMES = ("digits", *DOWNLOADS, "lsun", "birds", "folder", *PLACES, "synthetic")
+COMPUTED = ("synthetic", "synthetic_unpaired", "synthetic_pairs", "synthetic_captions")
+HUES = (
+    *("red", "orange", "yellow", "lime", "green"),
+    *("teal", "blue", "violet", "purple", "pink"),
+)
+NAMES = ("digits", *DOWNLOADS, "lsun", "birds", "folder", *PLACES, *COMPUTED)
 
 
 def find(data: Data, split: str = "train") -> Dataset:
@@ -138,8 +144,21 @@ def _look(data: Data, split: str) -> Dataset:
         case "digits":
             return _digits(split, fit)
         case _:
-            start, count = (0, 4000) if split == "train" else (4000, 1000)
-            return Synthetic("synthetic", split, fit, start=start, count=count)
+            return _computed(data.name, split, fit)
+
+
+def _computed(name: str, split: str, fit: Fit) -> Synthetic:
+    start, count = (0, 4000) if split == "train" else (4000, 1000)
+    rows = {"start": start, "count": count}
+    if name == "synthetic_unpaired":
+        second = Synthetic(name, split, fit, start=start + 5000, count=count, negative=True)
+        return Synthetic(name, split, fit, **rows, second=second)
+    dataset = Synthetic(name, split, replace(fit, halves=name == "synthetic_pairs"), **rows)
+    if name == "synthetic_captions":
+        told = [[["a", hue, "blob"], ["this", "blob", "is", hue]] for hue in HUES]
+        words = captions.vocabulary(sentence for pair in told for sentence in pair)
+        dataset.captions = captions.encode(told, words).of(dataset.labels)
+    return dataset
 
 
 def _idx(data: Data, split: str, fit: Fit, classes: tuple, places: tuple[str, ...]) -> Dataset:

@@ -14,7 +14,7 @@ from pipelines import layouts
 from pipelines.images import BadImage, Fit, decode, size_of
 from pipelines.missing import DatasetMissing, NoSplit, missing_text
 from pipelines.settings import Data
-from pipelines.sources import FileSet
+from pipelines.sources import Dataset, FileSet
 
 IMAGES = "images (" + " ".join(layouts.SUFFIXES) + ")"
 
@@ -52,6 +52,38 @@ def open_pairs(data: Data, split: str, fit: Fit, places: tuple[str, ...]) -> Fil
     note = "pairs: left half and right half"
     fit = replace(fit, halves=True)
     return FileSet(data.name, split, fit, note=note, folder=folder, names=names)
+
+
+@dataclass
+class Domains(Dataset):
+    """The images of two domains as one dataset, whose classes say of which they are."""
+
+    parts: tuple[Dataset, ...] = ()
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "Domains":
+        """The dataset, and then its second."""
+        parts = dataset, dataset.second
+        labels = np.repeat(np.arange(2, dtype=np.int64), [len(part) for part in parts])
+        return cls(dataset.name, dataset.split, dataset.fit, labels, ("A", "B"), parts=parts)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _at(self, row: int) -> tuple[Dataset, int]:
+        first = len(self.parts[0])
+        return self.parts[int(row >= first)], row - first * (row >= first)
+
+    def decode(self, row: int) -> np.ndarray:
+        part, own = self._at(row)
+        return part.decode(own)
+
+    def describe(self, row: int) -> str:
+        part, own = self._at(row)
+        return part.describe(own)
+
+    def fingerprint(self) -> str:
+        return self.parts[0].identity()
 
 
 @dataclass

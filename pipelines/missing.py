@@ -8,6 +8,11 @@ DOWNLOADS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFA
 DOWNLOADS |= {"celeba": "CelebA"}
 """torchvision's name of each dataset that it can fetch."""
 
+COMPUTED = dict.fromkeys(("horse2zebra", "unpaired"), "synthetic_unpaired")
+COMPUTED |= dict.fromkeys(("facades", "pairs"), "synthetic_pairs")
+COMPUTED["birds"] = "synthetic_captions"
+"""The computed images that stand in for a dataset, where they are not those of `synthetic`."""
+
 
 class DatasetMissing(Exception):
     """A dataset is not where it was looked for; the message has the places and the remedies."""
@@ -28,5 +33,6 @@ def missing_text(data: Data, why: str = "", looked: tuple[str, list[Path]] | Non
         remedies = ["  --data.path  names another place"]
     if data.name in DOWNLOADS:
         remedies.append("  --data.download  fetches it with torchvision into the root")
-    remedies.append("  --data.name synthetic  runs on computed images instead")
+    computed = COMPUTED.get(data.name, "synthetic")
+    remedies.append(f"  --data.name {computed}  runs on computed images instead")
     return "\n".join([*lines, "remedies:", *remedies])

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+UNPAIRED = ("horse2zebra", "unpaired", "synthetic_unpaired")
+PAIRED = ("facades", "pairs", "synthetic_pairs")
+"""Datasets of two domains, and of side-by-side pairs."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -13,7 +17,8 @@ class Data:
     name: str = "digits"
     """Dataset: digits, mnist, fashion_mnist, cifar10, celeba, lsun, birds, horse2zebra, facades,
     folder (also a zip or tar shards), unpaired (trainA, trainB), pairs (side by side), tiles (cut
-    from large images) or synthetic."""
+    from large images), synthetic, synthetic_unpaired, synthetic_pairs or synthetic_captions
+    (computed)."""
     resolution: int = 64
     """Height and width in pixels; images are resized (shorter side) and centre-cropped to it."""
     channels: Literal[1, 3] = 3
@@ -52,6 +57,10 @@ class Data:
     """Fetch the dataset if it is missing (torchvision: mnist, fashion_mnist, cifar10, celeba)."""
     cache: Path | None = None
     """Folder of packed caches; default: the variable SADDLE_CACHE, else ~/.cache/saddle."""
+
+    def has_pairs(self) -> bool:
+        """Whether an image comes with another one."""
+        return self.scale is not None or self.name in (*UNPAIRED, *PAIRED)
 
     def root_folder(self) -> Path:
         """Where datasets are looked for."""

@@ -202,11 +202,13 @@ class ArraySet(Dataset):
 class Synthetic(Dataset):
     """Images computed from their row: a blob of the class's colour and place on a gradient.
 
-    Ten classes, so that a network has something to learn and a label something to say.
+    Ten classes, so that a network has something to learn and a label something to say. negative:
+    in colours turned round; the right half of a pair is the negative of its left.
     """
 
     start: int = 0
     count: int = 0
+    negative: bool = False
 
     def __post_init__(self) -> None:
         self.labels = np.arange(self.count, dtype=np.int64) % 10
@@ -216,6 +218,12 @@ class Synthetic(Dataset):
         return self.count
 
     def decode(self, row: int) -> np.ndarray:
+        pixels_HWC = self._picture(row)
+        if self.fit.halves:
+            return np.concatenate([pixels_HWC, 255 - pixels_HWC], 1)
+        return 255 - pixels_HWC if self.negative else pixels_HWC
+
+    def _picture(self, row: int) -> np.ndarray:
         rng = np.random.default_rng([20, self.start + row])
         side = (np.arange(self.fit.side) + 0.5) / self.fit.side
         x_W, y_H = side[None, :], side[:, None]
@@ -235,4 +243,4 @@ class Synthetic(Dataset):
         return f"synthetic {self.split} image {row}"
 
     def fingerprint(self) -> str:
-        return f"synthetic-1-{self.start}-{self.count}"
+        return f"synthetic-1-{self.start}-{self.count}{'-negative' * self.negative}"

@@ -18,10 +18,9 @@ from engine.describe import cost
 from engine.start import Training, begin
 from engine.train import loop
 from pipelines.datasets import find
+from pipelines.missing import COMPUTED
 
-FLAGS = (
-    "--data.name synthetic --data.batch 8 --compile off --device cpu --steps 999999 --sync-bn off"
-)
+FLAGS = "--data.batch 8 --compile off --device cpu --steps 9999999 --sync-bn off"
 QUIET = "--log-every 99 --sample-every 99 --checkpoint-every 99 --metrics.every-kimg 0"
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 COLLECTIVES += ("broadcast", "all_gather_object", "broadcast_object_list", "barrier")
@@ -94,7 +93,9 @@ def main(folder: str, *runs: str) -> None:
     world.stop = lambda: None  # one process group for all runs: a second one does not come up
     for run in runs:
         name, *flags = shlex.split(run)
-        flags = [*shlex.split(FLAGS), *shlex.split(QUIET), "--runs", folder, *flags]
+        computed = COMPUTED.get(recipe.load(name).data.name, "synthetic")
+        quick = [*shlex.split(FLAGS), *shlex.split(QUIET), "--data.name", computed]
+        flags = [*quick, "--runs", folder, *flags]
         command = recipe.parse(name, flags)
         device = world.choose_device("cpu")
         t = begin(command, name, find(command.recipe.data), device, cost(command.recipe))

@@ -18,6 +18,8 @@ from engine.networks.spec import Network
 from engine.recipe import flatten, load
 from engine.settings import Adam, Recipe
 from engine.stored import Loaded
+from pipelines.finish import smaller
+from pipelines.missing import COMPUTED
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--log-every", "0.02", "--sample-every", "1000", "--checkpoint-every", "1000")
@@ -143,7 +145,8 @@ def toy(name: str, batch: int = 8) -> tuple[Recipe, list[str]]:
     recipe = load(name)
     small = _shrink(recipe)
     resolution = recipe.data.resolution if recipe.data.resolution < 32 else 32
-    data = replace(recipe.data, name="synthetic", resolution=resolution, batch=batch, crop=None)
+    name = COMPUTED.get(recipe.data.name, "synthetic")
+    data = replace(recipe.data, name=name, resolution=resolution, batch=batch, crop=None, load=None)
     small = replace(small, data=data, metrics=replace(recipe.metrics, every_kimg=0.0))
     before, after = flatten(recipe, flags=True), flatten(small, flags=True)
     flags: list[str] = []
@@ -154,9 +157,15 @@ def toy(name: str, batch: int = 8) -> tuple[Recipe, list[str]]:
     return small, flags
 
 
+def pair_of(recipe: Recipe, images_NCHW: torch.Tensor) -> torch.Tensor:
+    """What a pipeline might hand out with images."""
+    scale = recipe.data.scale
+    return smaller(images_NCHW, scale) if scale else -images_NCHW.flip(0)
+
+
 def _shrink(settings):
-    """The same settings with every size of every network divided by eight (at least four), and a
-    learning rate that does not depend on the run's length."""
+    """The same settings with every size of every network divided by eight (at least four, or what
+    it was), and a learning rate that does not depend on the run's length."""
     changes = {}
     for f in fields(settings):
         value = getattr(settings, f.name)
@@ -168,5 +177,5 @@ def _shrink(settings):
             if isinstance(value, tuple):
                 changes[f.name] = tuple(max(v // 8, 4) for v in value)
             elif type(value) is int and f.name != "classes":
-                changes[f.name] = max(value // 8, 4)
+                changes[f.name] = max(value // 8, min(value, 4))
     return replace(settings, **changes)

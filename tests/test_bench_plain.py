@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.bench_recipes import NAMES, noise_batch, plain_of
+from bench.bench_recipes import ALL, NAMES, noise_batch, plain_of, seen_by_plain
 from engine import session
 from engine.compile import Compiler
 from engine.networks.spectral import Normalised
 from engine.settings import Recipe
-from engine.steps.adversarial import LATENTS, MIXING
+from engine.steps.adversarial import LATENTS, MIXING, Adversarial
+from engine.steps.cycle import Cycle
+from engine.steps.paired import DROPOUT, Paired
 from engine.steps.progressive import FOOLING, Progressive
 from kernels import philox
 from pipelines.batch import Batch
@@ -45,7 +47,7 @@ def small(name: str) -> Recipe:
     }
     if isinstance(given.step, Progressive):
         players["updates"] = (1,) * len(given.step.updates)
-    else:
+    elif isinstance(given.step, Adversarial):
         players["critic_updates"] = min(given.step.critic_updates, ITERATIONS)
         players["r1"] = 1e5 * given.step.r1  # the slope of a fresh small network is next to nothing
     return replace(given, step=replace(given.step, **players))
@@ -74,14 +76,17 @@ def give_noise(plain, live, given: Recipe) -> None:
     plain.mixing = lambda _: philox.uniform(live.key, MIXING, place_N, 1)[:, 0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+TRANSLATING = [name for name in NAMES if isinstance(ALL[name].step, Cycle | Paired)]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TRANSLATING])
 def test_plain_computes_the_same_losses(name, double):
     given = small(name)
     live = session.start(given, RANKS, FP32, Compiler(False, ""), 10**9)
     live.clock.seek(given.step.settles() * given.data.batch)
     plain = plain_of(given, CPU)
     agree(plain, live)
-    real_NCHW, label_N = noise_batch(given, CPU)
+    real_NCHW, label_N, _ = noise_batch(given, CPU)
     seen = (label_N,) if given.step.classes() else ()
     learned = 0
     for _ in range(min(given.step.period(), ITERATIONS)):
@@ -95,3 +100,23 @@ def test_plain_computes_the_same_losses(name, double):
             assert loss_g == pytest.approx(values["generator/loss"].item(), rel=1e-4)
             learned += 1
     assert learned
+
+
+@pytest.mark.parametrize("name", TRANSLATING)
+def test_plain_translation_computes_the_same_losses(name, double):
+    given = small(name)
+    given = replace(given, data=replace(given.data, batch=2))
+    live = session.start(given, RANKS, FP32, Compiler(False, ""), 10**9)
+    plain = plain_of(given, CPU)
+    real_NCHW, _, pair_NCHW = noise_batch(given, CPU)
+    own, other = given.step.players()
+    for _ in range(ITERATIONS):  # a pool that is not full shows what it is given
+        place_N = live.clock.position_N()
+        plain.dropping = lambda x, n=place_N: philox.uniform(
+            live.key, DROPOUT, n, plain.generator.draws(*x.shape[2:])
+        )
+        values = live.step(Batch(real_NCHW, None, place_N, pair_NCHW))
+        live.clock.advance()
+        loss_d, loss_g = plain.iteration(*seen_by_plain(given, CPU))
+        assert loss_g.item() == pytest.approx(values[f"{own}/loss"].item(), rel=1e-6)
+        assert loss_d.item() == pytest.approx(values[f"{other}/loss"].item(), rel=1e-6)

@@ -109,7 +109,10 @@ def test_rank_0_or_1_killed_while_saving_leaves_the_checkpoint_before_it(rank, u
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "rank"), [("stop", 1), ("stop", 0), ("hang", 1)])
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [("stop", 1), pytest.param("stop", 0, marks=pytest.mark.repeated), ("hang", 1)],
+)
 def test_a_hung_rank_is_named_and_all_are_restarted_to_the_same_end(kind, rank, unbroken, tmp_path):
     hang = at(tmp_path, kind, rank, 5 * BATCH, "generator", wait_s=2.0)
     output = suffer(tmp_path, hang, hang_after=10.0)

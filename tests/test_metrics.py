@@ -154,7 +154,7 @@ def test_preparing_the_metrics_is_no_part_of_their_share(tmp_path, monkeypatch):
             clock[0] += 3
             return Evaluation({"fid": 1.0}, self.protocol, 3.0)
 
-    monkeypatch.setattr(schedule, "Evaluator", Slow)
+    monkeypatch.setattr(schedule, "open_evaluator", Slow)
     monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     live = started()
     opened = Schedule(live, tmp_path, lambda text: None)

@@ -16,6 +16,7 @@ from engine.export.__main__ import main as export
 from engine.report.__main__ import main as report
 from engine.sample import main as sample
 from engine.train import main
+from engine.translate import main as translate
 from launch.scaling import main as predict
 from pipelines.prepare import main as prepare_dataset
 from tests.images import images
@@ -30,6 +31,7 @@ SLURM = [c for c in COMMANDS if c.startswith(("sbatch ", "srun "))]  # in test_s
 TRAIN = [c for c in TRAIN if c not in SLURM]
 SERVE = [c for c in COMMANDS if "-m engine.serve" in c]
 VERBS = {"sample": sample, "evaluate": evaluate, "report": report, "export": export}
+VERBS |= {"translate": translate}
 USE = [c for c in COMMANDS if (m := re.search(r"-m engine\.(\w+)", c)) and m[1] in VERBS]
 MAKE = [c for c in COMMANDS if c.startswith("make ")]
 

@@ -21,6 +21,7 @@ from tests.runs import (
     final_state,
     kill_once_at,
     newest_picture,
+    pair_of,
     run_folder,
     toy,
 )
@@ -68,7 +69,8 @@ def test_every_parameter_gets_a_finite_gradient(name):
                 nn.init.normal_(parameter, 0.0, 0.01, generator=noise)
     for iteration in small.step.kinds():
         live.clock.seek(iteration * BATCH)
-        live.step(Batch(images, torch.zeros(BATCH, dtype=torch.int64), live.clock.position_N()))
+        labels, position_N = torch.zeros(BATCH, dtype=torch.int64), live.clock.position_N()
+        live.step(Batch(images, labels, position_N, pair_of(small, images)))
     for player in live.players.values():
         for path, parameter in player.network.named_parameters():
             where = f"{player.name} {path}"

@@ -88,6 +88,7 @@ def test_the_words_on_held_out_figures_are_true() -> None:
     assert held_out.IMAGES == protocol.HELD_OUT_IMAGES
     sampled = {"fid", "kid", "inception_score", "precision", "recall", "density", "coverage"}
     sampled |= {"accuracy_real", "accuracy_augmented", "accuracy_samples"}
+    sampled |= {"kid_AtoB", "kid_BtoA", "taken_AtoB", "taken_BtoA"}
     assert {*LOWER, *HIGHER, "kl", "score_normal", "score_anomaly"} - sampled == {
         *protocol.HELD_OUT
     }

@@ -45,8 +45,8 @@ def setting(tmp_path) -> dict[str, str]:
     }
 
 
-def run_of(setting: dict[str, str], name: str) -> Path:
-    return Path(setting["RUNS"], "dcgan_digits", name)
+def run_of(setting: dict[str, str], name: str, recipe: str = "dcgan_digits") -> Path:
+    return Path(setting["RUNS"], recipe, name)
 
 
 def log_of(folder: Path) -> str:
@@ -102,12 +102,15 @@ def test_two_nodes_signalled_and_requeued_equal_an_unbroken_run(cluster, setting
 
 
 def test_an_array_trains_a_run_for_each_seed(cluster, setting):
-    array = cluster.submit("--array=3-4", *CPUS, "slurm/cyclegan.sh", *TOY, **setting)
+    recipe = "cyclegan_horse2zebra"  # the job file's own
+    flags = [*toy(recipe)[1], "--compile", "off", "--steps", "3"]
+    own = setting | {"RECIPE": ""}
+    array = cluster.submit("--array=3-4", *CPUS, "slurm/cyclegan.sh", *flags, **own)
     for seed in (3, 4):
-        folder = run_of(setting, f"job{array}_{seed}")
+        folder = run_of(setting, f"job{array}_{seed}", recipe)
         finished(cluster, f"{array}_{seed}", folder)
         assert json.loads((folder / "recipe.json").read_text())["values"]["seed"] == seed
-    states = [final_state(run_of(setting, f"job{array}_{seed}")) for seed in (3, 4)]
+    states = [final_state(run_of(setting, f"job{array}_{seed}", recipe)) for seed in (3, 4)]
     assert differences(*states)
 
 

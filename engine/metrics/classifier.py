@@ -23,6 +23,7 @@ from torch.nn import functional
 from engine.checkpoint import write_synced
 from engine.metrics.images import decode
 from pipelines.datasets import Dataset, NoSplit, find
+from pipelines.domains import Domains
 from pipelines.settings import Data
 
 VERSION = 1
@@ -65,8 +66,14 @@ def settings(data: Data) -> Data:
     """The dataset as the classifier sees it: all of it, its own channels, at a size that suits."""
     grey = data.name in ("mnist", "fashion_mnist", "digits")
     channels = 1 if grey else 3 if data.name in ("cifar10", "celeba") else data.channels
-    resolution = {"digits": 16, "celeba": 64}.get(data.name, 32)
+    resolution = {"digits": 16, "celeba": 64, "horse2zebra": 64, "unpaired": 64}.get(data.name, 32)
     return replace(data, resolution=resolution, channels=channels, crop=None, without=())
+
+
+def labelled(data: Data, split: str = "train") -> Dataset:
+    """The dataset; of two domains, one whose classes they are."""
+    dataset = find(data, split)
+    return Domains.of(dataset) if dataset.second else dataset
 
 
 def targets(dataset: Dataset) -> np.ndarray | None:
@@ -82,7 +89,7 @@ def open_classifier(
     """The classifier of a dataset, trained by one process if it is not there yet, and what is
     known of it. Raises ValueError where the dataset has no labels, and DatasetMissing."""
     own = settings(data)
-    dataset = find(own)
+    dataset = labelled(own)
     if targets(dataset) is None:
         raise ValueError(
             f"the dataset {data.name} has no labels to train a classifier on; give "
@@ -161,7 +168,7 @@ def _split(dataset: Dataset, data: Data) -> tuple[np.ndarray, Dataset, np.ndarra
     """(rows to train on, held-out dataset, its rows): the test split, or each tenth image."""
     order = np.random.default_rng(0).permutation(len(dataset))
     try:
-        test = find(data, "test")
+        test = labelled(data, "test")
         if targets(test) is not None:
             return order[:LARGEST], test, np.arange(min(len(test), 10_000))
     except NoSplit:

@@ -50,8 +50,8 @@ class Evaluator:
         setting, and what finding and decoding a dataset raise."""
         self.recipe, self.ranks = recipe, ranks
         settings, data = recipe.metrics, replace(recipe.data, flip=False)
-        dataset = _real_images(data, settings.split)
-        self._extractor = _in_turn(ranks, lambda: open_extractor(settings, data, ranks.device, say))
+        dataset = split_of(data, settings.split)
+        self._extractor = opened_extractor(settings, data, ranks, say)
         self._real = real_features(dataset, data, settings, self._extractor, ranks)
         check_count(self._extractor, settings.generated, "--metrics.generated")
         check_count(self._extractor, self._real.count, "--metrics.real")
@@ -79,7 +79,7 @@ class Evaluator:
         """Measure these networks, in eval mode with rank 0's statistics; they are left as they
         were. averaged: whether they are moving averages, for the protocol."""
         began = time.monotonic()
-        with _as_on_rank_0(networks, self.ranks), torch.random.fork_rng(devices=[]):
+        with as_on_rank_0(networks, self.ranks), torch.random.fork_rng(devices=[]):
             fake = self._generated(networks)
             values = self._held_out.figures(networks) if self._held_out else {}
         if fake is not None:
@@ -121,20 +121,25 @@ def check_count(extractor: Extractor, count: int, flag: str) -> None:
         )
 
 
-def _real_images(data: Data, split: str) -> Dataset:
+def split_of(data: Data, split: str) -> Dataset:
+    """The real images to measure against. Raises ValueError where there is no such split, and what
+    `find` raises."""
     try:
         return find(data, split)
     except NoSplit as reason:
         raise ValueError(f"--metrics.split {split}: {reason}") from None
 
 
-def _in_turn(ranks: Ranks, make: Callable[[], Extractor]) -> Extractor:
-    """Rank 0 first, which may have to train or fetch it; its ValueError on every rank."""
+def opened_extractor(
+    settings: Metrics, data: Data, ranks: Ranks, say: Callable[[str], None]
+) -> Extractor:
+    """The extractor, on rank 0 first, which may have to train or fetch it; its ValueError on every
+    rank."""
     made, problem = None, None
     for turn in (ranks.rank == 0, ranks.rank > 0):
         if turn:
             try:
-                made = make()
+                made = open_extractor(settings, data, ranks.device, say)
             except ValueError as error:
                 problem = str(error)
         problem = ranks.share(problem) if ranks.world_size > 1 else problem
@@ -187,7 +192,7 @@ def _write(path: Path, features: FeatureSet) -> None:
 
 
 @contextmanager
-def _as_on_rank_0(networks: Networks, ranks: Ranks) -> Iterator[None]:
+def as_on_rank_0(networks: Networks, ranks: Ranks) -> Iterator[None]:
     """Eval mode, and rank 0's running statistics on all ranks, as a checkpoint is sampled later."""
     modes = [(network, network.training) for network in networks.values()]
     buffers = [b for network, _ in modes for b in network.buffers()] if ranks.world_size > 1 else []

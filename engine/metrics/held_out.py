@@ -14,12 +14,13 @@ from engine.metrics.protocol import HELD_OUT_IMAGES as IMAGES
 from engine.settings import Algorithm, Networks, Recipe, Values
 from engine.world import Ranks
 from kernels import philox
-from pipelines.batch import Clock
-from pipelines.datasets import NoSplit, find
+from pipelines.batch import Batch, Clock
+from pipelines.datasets import Dataset, NoSplit, find
 from pipelines.open import Pipeline, open_pipeline
 
 BATCH = 500
 LABELS = "labels"
+MODEL = ""
 
 
 @dataclass
@@ -28,16 +29,19 @@ class HeldOut:
 
     recipe: Recipe
     ranks: Ranks
+    dataset: Dataset
     pipeline: Pipeline
     clock: Clock
-    pairs: Pairs | None
+    pairs: dict[str, Pairs]
+    """Of the model, and of what stands in for it (`Algorithm.trivial`), by name."""
 
     @classmethod
     def open(cls, recipe: Recipe, ranks: Ranks, reconstructions: bool = True) -> "HeldOut | None":
         """None where the family has no such figure or the dataset no test split. reconstructions:
         measure them too, if the family makes any. Raises ValueError where LPIPS cannot be had."""
         kind = type(recipe.step)
-        reconstructions &= kind.reconstruct is not Algorithm.reconstruct
+        remakes = kind.reconstruct is not Algorithm.reconstruct
+        reconstructions &= remakes or kind.remade is not Algorithm.remade
         if kind.held_out is Algorithm.held_out and not reconstructions:
             return None
         try:
@@ -50,8 +54,8 @@ class HeldOut:
         data = replace(recipe.data, flip=False, batch=batch, pipeline="auto", balanced=False)
         key = philox.make_key(0, device=ranks.device)
         pipeline = open_pipeline(dataset, data, clock, 0, key, say=lambda text: None)
-        pairs = Pairs(ranks.device, recipe.metrics.lpips) if reconstructions else None
-        return cls(recipe, ranks, pipeline, clock, pairs)
+        pairs = {MODEL: Pairs(ranks.device, recipe.metrics.lpips)} if reconstructions else {}
+        return cls(recipe, ranks, dataset, pipeline, clock, pairs)
 
     @torch.no_grad()
     def figures(self, networks: Networks) -> dict[str, float]:
@@ -60,8 +64,8 @@ class HeldOut:
         step, clock = self.recipe.step, self.clock
         total = min(self.pipeline.images, IMAGES)
         key = philox.make_key(0, device=clock.device)
-        if self.pairs:
-            self.pairs.reset()
+        for pairs in self.pairs.values():
+            pairs.reset()
         values: dict[str, list[Tensor]] = {}
         clock.seek(0)
         while clock.images < total:
@@ -74,16 +78,28 @@ class HeldOut:
             for name, value_N in found.items():
                 values.setdefault(name, []).append(value_N[:take].cpu())
             if self.pairs and take:
-                goal_NCHW = batch.images_NCHW[:take]
-                self.pairs.add(
-                    quantised(step.reconstruct(networks, goal_NCHW)), quantised(goal_NCHW)
-                )
+                self._compare(networks, batch, take)
             clock.advance()
         return self._summary({name: torch.cat(parts) for name, parts in values.items()}, total)
 
+    def _compare(self, networks: Networks, batch: Batch, take: int) -> None:
+        """Add the first images of a batch, as the model makes them and as one has them without."""
+        step = self.recipe.step
+        made_NCHW, goal_NCHW = step.remade(networks, batch)
+        goal_NCHW = quantised(goal_NCHW[:take])
+        for name, images_NCHW in ({MODEL: made_NCHW} | step.trivial(batch)).items():
+            if name not in self.pairs:
+                self.pairs[name] = Pairs(self.clock.device, self.recipe.metrics.lpips)
+            self.pairs[name].add(quantised(images_NCHW[:take]), goal_NCHW)
+
     def _summary(self, own: Values, total: int) -> dict[str, float]:
         """Of the values of all ranks."""
-        parts = self.ranks.gather((own, self.pairs.sums if self.pairs else {}))
+        near = {
+            f"{figure}_{name}" if name else figure: value
+            for name, pairs in self.pairs.items()
+            for figure, value in pairs.sums.items()
+        }
+        parts = self.ranks.gather((own, near))
         whole = {name: torch.cat([values[name] for values, _ in parts]) for name in own}
         labels_N = whole.pop(LABELS, None)
         doubles = {name: value_N.double() for name, value_N in whole.items()}

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 HELD_OUT = (
     *("elbo", "nll", "reconstruction", "kl", "bits_per_dim", "psnr", "ssim", "lpips"),
     *("auroc", "auroc_pixels", "auroc_features", "score_normal", "score_anomaly"),
-    *("accuracy", "nmi"),
+    *("accuracy", "nmi", "cycle_A", "cycle_B", "code_perplexity", "codes_in_use"),
 )
 """Figures of `engine.metrics.held_out`, which have images of their own."""
 HELD_OUT_IMAGES = 10_000
@@ -72,9 +72,10 @@ class AugmentationProtocol(Protocol):
     seed: int
 
 
-def held_out_words(names: Container[str]) -> str:
+def held_out_words(names: Collection[str]) -> str:
     """What the protocol does not say of those figures that are not of samples; else empty."""
     there = [name for name in HELD_OUT if name in names]
+    there += [name for name in dict.fromkeys(names) if name.startswith(("psnr_", "ssim_"))]
     if not there:
         return ""
     return (

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import read_best
-from engine.metrics.evaluator import Evaluation, Evaluator
+from engine.metrics.evaluator import Evaluation
+from engine.metrics.open import open_evaluator
 from engine.session import Session
 from engine.stats import forget_after
 
-RANKED = (("fid", -1), ("elbo", 1), ("nll", -1), ("psnr", 1))
+RANKED = (("fid", -1), ("kid", -1), ("elbo", 1), ("nll", -1), ("psnr", 1))
 """Figures by which checkpoints are ranked, the first that there is; -1 where lower is better."""
 
 
@@ -27,7 +28,7 @@ class Schedule:
         """Open extractor and real images. Raises ValueError naming a setting."""
         self.folder, self.improved, self._say = folder, False, say
         began = time.monotonic()
-        self._evaluator = Evaluator(session.recipe, session.ranks, say)
+        self._evaluator = open_evaluator(session.recipe, session.ranks, say)
         best = read_best(folder / "checkpoints") if session.ranks.rank == 0 else None
         self._best = session.ranks.share(best)
         self._pending: dict | None = None

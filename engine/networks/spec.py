@@ -11,11 +11,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Shape of the images that a network sees or makes, and the classes of their dataset."""
+    """Shape of the images that a network sees or makes, the classes of their dataset, and by what
+    factor they are larger than those that they are made of."""
 
     channels: int
     resolution: int
     classes: int = 0
+    scale: int = 1
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,14 @@ class Group(NamedTuple):
     suffix: str
 
 
-LOWER = ("fid", "kid", "lpips", "nll", "bits_per_dim", "reconstruction")
+LOWER = (
+    *("fid", "kid", "lpips", "nll", "bits_per_dim", "reconstruction"),
+    *("kid_AtoB", "kid_BtoA", "cycle_A", "cycle_B"),
+)
 HIGHER = (
     *("inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "elbo"),
     *("auroc", "auroc_pixels", "auroc_features", "accuracy", "nmi"),
-    *("accuracy_real", "accuracy_augmented", "accuracy_samples"),
+    *("accuracy_real", "accuracy_augmented", "accuracy_samples", "taken_AtoB", "taken_BtoA"),
 )
 
 

@@ -1,0 +1,155 @@
+"""Translate or enlarge images by a run: python -m engine.translate RUN_DIR INPUT... --out DIR.
+
+Inputs are image files or folders of them, of any size, grey or colour; what is transparent is laid
+over white. They are padded by reflection to what the networks need, and the result is cut back;
+large ones are enlarged square by square. Each becomes DIR/NAME.png, marked as generated.
+
+    python -m engine.translate runs/cyclegan_horse2zebra/RUN horses/ --direction AtoB --out zebras/
+    python -m engine.translate runs/srgan_x4/RUN photos/ --out large/
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine import pictures
+from engine.checkpoint import CheckpointError
+from engine.run import RunError
+from engine.settings import DIRECTIONS, Algorithm, Direction, Translation
+from engine.tiles import check_side, in_tiles
+from engine.trained import Trained, open_run
+from engine.verb import exit_code, say, warn
+from engine.whole import check_place
+from pipelines import layouts
+from pipelines.images import BadImage, decode
+
+FAILURES = (RunError, CheckpointError, BadImage, OSError)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One translation."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory, as `engine.train` names it at its end."""
+    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, or folders of them."""
+    out: Path
+    """Folder to write to; pictures of the same names are replaced."""
+    direction: Direction | None = None
+    """From which domain to which, where the model has two; default: the run's own, AtoB where it
+    goes both ways."""
+    tile: int | None = None
+    """Side of the squares in which large images are enlarged, in pixels of the input; 0 takes each
+    image whole; default 256."""
+    ema: bool = True
+    """Take the moving average of the weights where the run keeps one."""
+    checkpoint: int | None = None
+    """Images seen at the checkpoint to take; default: the newest."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+
+def files_of(inputs: tuple[Path, ...]) -> dict[str, Path]:
+    """The image files by the names of their translations. Raises ValueError where there is none,
+    or two of one name."""
+    found: dict[str, Path] = {}
+    for place in inputs:
+        if not place.exists():
+            raise ValueError(f"{place}: there is no such file or folder")
+        paths = [place]
+        if place.is_dir():
+            paths = [place / name.decode() for name in layouts.list_images(place)]
+            if not paths:
+                raise ValueError(f"{place} holds no images ({' '.join(layouts.SUFFIXES)})")
+        for path in paths:
+            if found.setdefault(path.stem, path) != path:
+                raise ValueError(
+                    f"{found[path.stem]} and {path} would both become {path.stem}.png: translate "
+                    f"them into different folders"
+                )
+    if not found:
+        raise ValueError("give image files or folders to translate")
+    return found
+
+
+def read(path: Path, channels: int) -> Tensor:
+    """An image (1, C, H, W), float32 in [-1, 1], of any mode (see `to_channels`). Raises
+    BadImage."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadImage.of(path, error) from error
+    pixels_HWC = np.array(decode(content, str(path), channels))  # PIL's cannot be written to
+    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+@torch.no_grad()
+def translated(
+    trained: Trained, image_NCHW: Tensor, direction: Direction, side: int | None
+) -> Tensor:
+    """The translation, of the image's size times the scale, on the host; in squares of that side
+    (see `in_tiles`)."""
+    step = trained.recipe.step
+    kind = step.translation(trained.recipe.data)
+    height, width = image_NCHW.shape[2:]
+    right, below = -width % kind.multiple, -height % kind.multiple
+    mode = "reflect" if right < width and below < height else "replicate"
+    padded_NCHW = F.pad(image_NCHW.to(trained.device), (0, right, 0, below), mode)
+    make = partial(step.translate, trained.networks, direction=direction)
+    made_NCHW = in_tiles(make, padded_NCHW, kind, side)
+    return made_NCHW[:, :, : kind.scale * height, : kind.scale * width]
+
+
+def kind_of(trained: Trained, command: Command) -> Translation:
+    """How the model takes images. Raises ValueError where it takes none, or not as commanded."""
+    step = trained.recipe.step
+    if type(step).translate is Algorithm.translate:
+        raise ValueError(
+            f"{trained.name} makes no images of images: take a run of cyclegan_horse2zebra, "
+            f"pix2pix_facades or srgan_x4"
+        )
+    kind = step.translation(trained.recipe.data)
+    check_side(command.tile, kind)
+    if command.direction and command.direction not in kind.directions:
+        ways = f"goes {kind.directions[0]} alone" if kind.directions else "has no two domains"
+        raise ValueError(f"{trained.name} {ways}: leave --direction {command.direction} out")
+    return kind
+
+
+def run_command(command: Command) -> None:
+    """Check, load, translate, write. Raises ValueError for a wrong command, FAILURES otherwise."""
+    files = files_of(command.inputs)
+    for name in files:
+        check_place(command.out / f"{name}.png")
+    trained = open_run(command.run_dir, command.checkpoint, command.ema, command.device, warn)
+    kind = kind_of(trained, command)
+    direction = command.direction or (kind.directions or DIRECTIONS)[0]
+    how = direction if kind.directions else f"{kind.scale} times larger"
+    say(f"{trained.name} at {trained.images:,} images, {how}")
+    for name, path in files.items():
+        image_NCHW = read(path, trained.channels)
+        made_NCHW = translated(trained, image_NCHW, direction, command.tile)
+        picture = pictures.grid(made_NCHW, pad=0, least=0)
+        pictures.save(picture, command.out / f"{name}.png", trained.origin(0))
+    say(f"wrote {len(files):,} images to {command.out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; exit code: 2 for a wrong command, 1 for one that fails."""
+    command = tyro.cli(
+        Command, prog="python -m engine.translate", description=__doc__, args=arguments
+    )
+    return exit_code(lambda: run_command(command), FAILURES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
