@@ -42,7 +42,7 @@ def every(steps: int) -> list[str]:
         ("vae_mnist", "off", 1),
         ("vae_mnist", "required", 1),
         ("dcgan_mnist", "off", 2),
-        pytest.param("vae_mnist", "off", 2, marks=pytest.mark.repeated),
+        pytest.param("vae_mnist", "off", 2, marks=[pytest.mark.slow, pytest.mark.repeated]),
         pytest.param("dcgan_mnist", "required", 2, marks=pytest.mark.slow),
     ],
 )
