@@ -53,7 +53,7 @@ def philox(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 def bits(key: Tensor, stream: int, index_N: Tensor, size: int) -> Tensor:
     """32 random bits as int64 (N, size) for each image index (int64 (N,)) of a stream."""
-    if type(index_N) is Tensor and index_N.is_cpu and not torch.compiler.is_compiling():
+    if by_numpy(index_N):
         words = _philox_numpy(index_N.numpy(), -(-size // 4), stream, int(key.numpy()))
         return torch.from_numpy(words)[:, :size]
     block = torch.arange(-(-size // 4), dtype=torch.int64, device=index_N.device)[None]
@@ -62,6 +62,11 @@ def bits(key: Tensor, stream: int, index_N: Tensor, size: int) -> Tensor:
     counter = [(index & MASK) + zero, (index >> 32) + zero, block + zero, zero + stream]
     words = philox(counter, (key & MASK, (key >> 32) & MASK))
     return torch.stack(words, dim=2).flatten(1)[:, :size]
+
+
+def by_numpy(index_N: Tensor) -> bool:
+    """Whether these are eager draws on a CPU, where there is no graph to be captured."""
+    return type(index_N) is Tensor and index_N.is_cpu and not torch.compiler.is_compiling()
 
 
 def _philox_numpy(index_N: np.ndarray, blocks: int, stream: int, key: int) -> np.ndarray:
