@@ -128,8 +128,14 @@ def kind_of(trained: Trained, command: Command) -> Translation:
 def run_command(command: Command) -> None:
     """Check, load, translate, write. Raises ValueError for a wrong command, FAILURES otherwise."""
     files = files_of(command.inputs)
+    given = {path.resolve() for path in files.values()}
     for name in files:
-        check_place(command.out / f"{name}.png")
+        place = command.out / f"{name}.png"
+        if place.resolve() in given:
+            raise ValueError(
+                f"--out {command.out} would replace the input {place.name}: give another"
+            )
+        check_place(place)
     trained = open_run(command.run_dir, command.checkpoint, command.ema, command.device, warn)
     kind = kind_of(trained, command)
     direction = command.direction or (kind.directions or DIRECTIONS)[0]

@@ -71,6 +71,7 @@ def test_wrong_commands(run, inputs, tmp_path, capsys):
     assert "holds no images" in refused(capsys, 2, run, tmp_path / "empty", *out)
     (tmp_path / "torn.png").write_bytes(b"no image")
     assert "torn.png" in refused(capsys, 1, run, tmp_path / "torn.png", *out)
+    assert "would replace" in refused(capsys, 2, run, inputs, "--out", inputs)
     Image.new("RGB", (8, 8)).save(inputs / "grey.jpg")
     assert "grey.jpg" in refused(capsys, 2, run, inputs, *out)
     assert "not a run" in refused(capsys, 2, tmp_path / "absent", inputs / "tall.jpg", *out)
