@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.plain import entropy
+
 POOL = 50
 
 
@@ -26,11 +28,6 @@ def frozen(network: nn.Module, yes: bool) -> None:
 def squared(output: Tensor, target: float) -> Tensor:
     """Mean squared distance from a target that is made anew each time."""
     return F.mse_loss(output, torch.full_like(output, target))
-
-
-def entropy(logits: Tensor, target: float) -> Tensor:
-    """Cross-entropy of logits with such a target."""
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
 class Pool:

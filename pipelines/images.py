@@ -92,6 +92,11 @@ class Fit:
         """(C, H, W) of what the networks see."""
         return self.channels, self.resolution, self.resolution
 
+    @property
+    def words(self) -> str:
+        """Width, height and channels of what the networks see, for people and protocols."""
+        return f"{self.resolution}x{self.resolution}x{self.channels}"
+
     def __call__(self, content: bytes, name: str, box: Box | None = None) -> np.ndarray:
         """uint8 `stored` of an encoded image, or of the box in it. Raises BadImage, and ValueError
         if `crop` is larger than the image."""

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from pipelines.settings import Data
+from pipelines.settings import PAIRED, UNPAIRED, Data
 
 DOWNLOADS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 DOWNLOADS |= {"celeba": "CelebA"}
 """torchvision's name of each dataset that it can fetch."""
 
-COMPUTED = dict.fromkeys(("horse2zebra", "unpaired"), "synthetic_unpaired")
-COMPUTED |= dict.fromkeys(("facades", "pairs"), "synthetic_pairs")
-COMPUTED["birds"] = "synthetic_captions"
+COMPUTED = dict.fromkeys(UNPAIRED, "synthetic_unpaired")
+COMPUTED |= dict.fromkeys(PAIRED, "synthetic_pairs") | {"birds": "synthetic_captions"}
 """The computed images that stand in for a dataset, where they are not those of `synthetic`."""
 
 

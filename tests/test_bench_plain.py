@@ -20,7 +20,7 @@ from engine.steps.paired import DROPOUT, Paired
 from engine.steps.progressive import FOOLING, Progressive
 from kernels import philox
 from pipelines.batch import Batch
-from tests.players import CPU, FP32, RANKS
+from tests.players import CPU, FP32, RANKS, steady
 from tests.runs import toy
 
 ITERATIONS = 2
@@ -38,19 +38,14 @@ def double(monkeypatch):
 
 
 def small(name: str) -> Recipe:
-    """At toy size, at most two updates of the critic for each of the generator; a large epsilon,
-    since Adam makes whole steps of a gradient that is rounding alone."""
-    given, _ = toy(name)
-    players = {
-        player: replace(settings, optimizer=replace(settings.optimizer, eps=1e-3))
-        for player, settings in given.step.players().items()
-    }
+    """At toy size, at most two updates of the critic for each of the generator."""
+    given, changes = steady(toy(name)[0]), {}
     if isinstance(given.step, Progressive):
-        players["updates"] = (1,) * len(given.step.updates)
+        changes["updates"] = (1,) * len(given.step.updates)
     elif isinstance(given.step, Adversarial):
-        players["critic_updates"] = min(given.step.critic_updates, ITERATIONS)
-        players["r1"] = 1e5 * given.step.r1  # the slope of a fresh small network is next to nothing
-    return replace(given, step=replace(given.step, **players))
+        changes["critic_updates"] = min(given.step.critic_updates, ITERATIONS)
+        changes["r1"] = 1e5 * given.step.r1  # the slope of a fresh small network is next to nothing
+    return replace(given, step=replace(given.step, **changes))
 
 
 def agree(plain, live) -> None:

@@ -15,10 +15,9 @@ from engine.networks.spec import ImageSpec
 from engine.recipe import load
 from engine.session import build_networks
 from pipelines.batch import Batch
-from tests.players import FP32, RANKS
+from tests.players import EPS, FP32, RANKS, pictures, steady
 from tests.runs import toy
 
-EPS = 1e-3
 COLOUR = ImageSpec(3, 256)
 
 
@@ -44,24 +43,10 @@ def test_a_patch_of_70_pixels_is_judged():
     assert len(rows) == 70
 
 
-def small():
-    recipe = toy("cyclegan_horse2zebra")[0]
-    players = {  # a large epsilon: a bias before a norm has a gradient that is rounding alone
-        name: replace(player, optimizer=replace(player.optimizer, eps=EPS))
-        for name, player in recipe.step.players().items()
-    }
-    data, step = replace(recipe.data, batch=2), replace(recipe.step, **players)
-    return replace(recipe, data=data, step=step)
-
-
-def pictures(count: int, side: int, seed: int) -> torch.Tensor:
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
 def test_an_update_is_that_of_a_plain_reference():
     """Losses and parameters of one iteration, as cycle_gan_model.py computes them: image by image,
     network by network, with torch's own Adam."""
-    recipe = small()
+    recipe = steady(toy("cyclegan_horse2zebra", 2)[0])
     side = recipe.data.resolution
     real_A, real_B = pictures(2, side, 1), pictures(2, side, 2)
     live = session.start(recipe, RANKS, FP32, Compiler(False, "test"), 100)

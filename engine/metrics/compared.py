@@ -45,7 +45,7 @@ class ComparedEvaluator:
         return ComparedProtocol(
             dataset=f"{dataset.name} {dataset.identity()[:12]}",
             split=dataset.split,
-            resolution=f"{fit.resolution}x{fit.resolution}x{fit.channels}",
+            resolution=fit.words,
             images=images,
             ema=averaged,
         )

@@ -66,7 +66,7 @@ class Evaluator:
             extractor_digest=self._extractor.digest,
             dataset=f"{self._dataset.name} {self._dataset.fingerprint()[:12]}",
             split=settings.split,
-            resolution=f"{fit.resolution}x{fit.resolution}x{fit.channels}",
+            resolution=fit.words,
             resize=self._extractor.resize,
             real=self._real.count,
             generated=settings.generated,

@@ -99,14 +99,13 @@ class Folders:
         return ("--real", self.real), ("--fake", self.fake)
 
     def _protocol(self, extractor: Extractor, real: Dataset, sets: list) -> FeatureProtocol:
-        fit = real.fit
         cut = f" (resized, --resize {self.resize})" if self.resize else ""
         return FeatureProtocol(
             extractor=extractor.name,
             extractor_digest=extractor.digest,
             dataset=f"{self.real.name} {real.fingerprint()[:12]}",
             split="folder",
-            resolution=f"{fit.resolution}x{fit.resolution}x{fit.channels}{cut}",
+            resolution=f"{real.fit.words}{cut}",
             resize=extractor.resize,
             real=sets[0].count,
             generated=sets[1].count,

@@ -84,7 +84,7 @@ class TranslationEvaluator:
             extractor_digest=self._extractor.digest,
             dataset=f"{self._whole.name} {self._whole.identity()[:12]}",
             split=self.recipe.metrics.split,
-            resolution=f"{fit.resolution}x{fit.resolution}x{fit.channels}",
+            resolution=fit.words,
             resize=self._extractor.resize,
             domain_A=self._real[0].count,
             domain_B=self._real[1].count,
