@@ -17,6 +17,7 @@ from engine.session import Session, build_networks, start
 from engine.settings import Recipe
 from engine.world import Ranks
 from pipelines.batch import Batch
+from pipelines.captions import LENGTH
 
 META = torch.device("meta")
 
@@ -83,6 +84,9 @@ def example_batch(recipe: Recipe, images: int) -> Batch:
     labels = torch.zeros(images, dtype=torch.int64, device=META)
     positions: Tensor = torch.arange(images, device=META)
     batch = Batch(torch.empty(shape, device=META), labels, positions)
+    if recipe.step.reads_captions():
+        batch.tokens_NL = labels[:, None].repeat(1, LENGTH)
+        batch.lengths_N = torch.full_like(labels, LENGTH)
     if data.has_pairs():
         sides = [side // (data.scale or 1) for side in shape[2:]]
         batch.pair_NCHW = torch.empty((*shape[:2], *sides), device=META)

@@ -3,6 +3,7 @@
 Shapes: N images, C channels, H height, W width, L latent.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -57,7 +58,8 @@ class Command:
     same, whatever --num is."""
     out: Path | None = None
     """Picture to write (.png, .jpg, .webp); default: grid.png, walk.png, reconstruction.png,
-    traversal.png or anomaly.png here. Folders are made, a picture of that name is replaced."""
+    traversal.png, anomaly.png or caption.png here. Folders are made, a picture of that name is
+    replaced."""
     each: Path | None = None
     """Write every image by itself, 00000.png and on, into this new or empty folder."""
     interpolate: bool = False
@@ -72,6 +74,9 @@ class Command:
     """Number of the class of all samples, for models that are given one."""
     by_class: bool = False
     """A row of samples for each class; --num (8) is the number in a row."""
+    caption: str | None = None
+    """For text-to-image models: what --num (8) samples are to show. Words that the model has never
+    read are left out, and named."""
     anomaly: bool = False
     """For anomaly detectors: held-out images, first normal ones and then of the classes that were
     left out of training, over their reconstructions and heat maps; their scores are printed."""
@@ -102,11 +107,25 @@ def dataset_images(trained: Trained, data: Data, seed: int, count: int) -> tuple
 
 def samples(command: Command, model: Model) -> None:
     """A grid, single files, or both."""
-    (count, label_N), first, kept = which_samples(command, model), 0, []
-    origin = model.origin(command.seed)
+    count, label_N = which_samples(command, model)
+    made = model.samples(command.seed, count, command.batch, label_N)
+    columns = count // model.classes() if command.by_class else None
+    write_samples(command, model, count, made, f"{count} samples", columns)
+
+
+def write_samples(
+    command: Command,
+    model: Model,
+    count: int,
+    made: Iterable[Tensor],
+    what: str,
+    columns: int | None = None,
+) -> None:
+    """A grid, single files, or both, of `count` images that come in batches (N, C, H, W)."""
+    first, kept, origin = 0, [], model.origin(command.seed)
     if command.out:
         check_size(model, count, "--num")
-    for images_NCHW in model.samples(command.seed, count, command.batch, label_N):
+    for images_NCHW in made:
         if command.each:
             _save_each(images_NCHW, command.each, first, origin)
         if command.out:
@@ -115,8 +134,7 @@ def samples(command: Command, model: Model) -> None:
     if command.each:
         say(f"wrote {count:,} images to {command.each}")
     if command.out:
-        columns = count // model.classes() if command.by_class else None
-        _write(pictures.grid(torch.cat(kept), columns), command.out, f"{count} samples", origin)
+        write(pictures.grid(torch.cat(kept), columns), command.out, what, origin)
 
 
 def which_samples(command: Command, model: Model) -> tuple[int, Tensor | None]:
@@ -163,7 +181,7 @@ def walk(command: Command, model: Model) -> None:
     z_NL = latents.walk(model.latents(command.seed, torch.arange(stops)), command.frames)
     images_NCHW = torch.cat(list(model.decode(z_NL, command.batch)))
     what = f"a closed walk through {stops} latents, {len(images_NCHW)} pictures"
-    _write(pictures.strip(images_NCHW), command.out, what, origin)
+    write(pictures.strip(images_NCHW), command.out, what, origin)
     pictures.gif(images_NCHW, command.out.with_suffix(".gif"), origin=origin)
     say(f"wrote {command.out.with_suffix('.gif')}: the same in motion")
 
@@ -184,7 +202,7 @@ def reconstructions(command: Command, trained: Trained) -> None:
     columns = min(len(made_NCHW), max(8, round((2 * len(made_NCHW)) ** 0.5)))
     picture = pictures.grid(rows_over_rows(originals_NCHW, made_NCHW, columns), columns)
     what = f"{len(made_NCHW)} {label} over their reconstructions"
-    _write(picture, command.out, what, trained.origin(command.seed, composite=True))
+    write(picture, command.out, what, trained.origin(command.seed, composite=True))
 
 
 def traversal(command: Command, trained: Trained) -> None:
@@ -207,7 +225,7 @@ def traversal(command: Command, trained: Trained) -> None:
         z_NL[row * COLUMNS : (row + 1) * COLUMNS, latent] = values
     images_NCHW = torch.cat(list(trained.decode(z_NL, command.batch)))
     what = f"{count} of {len(z_L)} latents from {-SPREAD:g} to {SPREAD:g}{label}"
-    _write(pictures.grid(images_NCHW, COLUMNS), command.out, what, trained.origin(command.seed))
+    write(pictures.grid(images_NCHW, COLUMNS), command.out, what, trained.origin(command.seed))
 
 
 def heat_maps(command: Command, trained: Trained) -> None:
@@ -234,10 +252,11 @@ def heat_maps(command: Command, trained: Trained) -> None:
         say(f"scores, {group.name}: " + " ".join(f"{score:.3f}" for score in score_N.tolist()))
     picture = pictures.grid(torch.cat(rows_NCHW), len(groups[0].images_NCHW))
     what = f"{' and '.join(group.name for group in groups)} over reconstructions and heat maps"
-    _write(picture, command.out, what, trained.origin(command.seed, composite=True))
+    write(picture, command.out, what, trained.origin(command.seed, composite=True))
 
 
-def _write(picture: Image.Image, path: Path, what: str, origin: Origin) -> None:
+def write(picture: Image.Image, path: Path, what: str, origin: Origin) -> None:
+    """Save a picture and say what it shows."""
     replaced = " (replaced)" if path.exists() else ""
     pictures.save(picture, path, origin)
     say(f"wrote {path}{replaced}: {what}")
@@ -252,4 +271,4 @@ def attention_maps(command: Command, trained: Trained) -> None:
     picture_N3HW = attention.drawn(network, lambda: trained.forward(z_NL)).cpu()
     what = f"{count} samples, and what the marked places take from where"
     origin = trained.origin(command.seed, composite=True)
-    _write(pictures.grid(picture_N3HW, attention.COLUMNS), command.out, what, origin)
+    write(pictures.grid(picture_N3HW, attention.COLUMNS), command.out, what, origin)

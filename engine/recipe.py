@@ -145,6 +145,22 @@ def check_classes(recipe: Recipe, classes: int) -> None:
             )
 
 
+def check_captions(recipe: Recipe, words: int) -> None:
+    """Raise ValueError where a model is to read captions of a dataset that has none, or too many
+    different words; `words` is the size of their vocabulary."""
+    if recipe.step.reads_captions() and not words:
+        raise ValueError(
+            f"data.name={recipe.data.name} has no captions, which this model reads: take birds, or "
+            f"a folder of .tar shards with a .txt beside each image"
+        )
+    for name, player in recipe.step.players().items():
+        if 0 < player.network.words < words:
+            raise ValueError(
+                f"--{name}.words {player.network.words}: the captions have {words:,} different "
+                f"words, the end included; give that"
+            )
+
+
 def _check_batch_per_rank(recipe: Recipe, world_size: int) -> None:
     images, batch = recipe.batch_per_rank, recipe.data.batch
     if recipe.accumulate != 1:

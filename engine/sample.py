@@ -13,6 +13,7 @@ checkpoint and seed as metadata.
     python -m engine.sample RUN_DIR --class 7      (--by-class: a row of each; conditional models)
     python -m engine.sample RUN_DIR --anomaly                         (anogan_mnist)
     python -m engine.sample RUN_DIR --attention                       (self-attention GANs)
+    python -m engine.sample RUN_DIR --caption "a red bird"            (text to image)
 
 Shapes: N images, C channels, H height, W width, L latent.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 import tyro
 
-from engine import draw
+from engine import draw, draw_caption
 from engine.checkpoint import CheckpointError
 from engine.draw import Command, SampleError
 from engine.exported import is_export, open_export
@@ -57,8 +58,11 @@ def choose(command: Command) -> tuple[Draw, str]:
     asked = [kind for kind in KINDS if getattr(command, kind)]
     if len(asked) > 1:
         raise ValueError(f"give one of --{' and --'.join(asked)}, not both")
-    if asked and (command.label is not None or command.by_class):
-        raise ValueError(f"--class and --by-class are for samples: leave --{asked[0]} out")
+    if asked and command.caption is not None:
+        raise ValueError(f"--caption is for samples: leave --{asked[0]} out")
+    if (asked or command.caption is not None) and (command.label is not None or command.by_class):
+        other = asked[0] if asked else "caption"
+        raise ValueError(f"--class and --by-class are for samples: leave --{other} out")
     if command.label is not None and command.by_class:
         raise ValueError("give one of --class and --by-class, not both")
     if command.each and asked:
@@ -68,6 +72,8 @@ def choose(command: Command) -> tuple[Draw, str]:
         value = getattr(command, name)
         if value is not None and value < smallest:
             raise ValueError(f"--{name} {value} is too small: give at least {smallest}")
+    if command.caption is not None:
+        return draw_caption.samples, "caption.png"
     return KINDS[asked[0]] if asked else (draw.samples, "grid.png")
 
 
@@ -99,6 +105,7 @@ def open_model(command: Command) -> Model:
         ("--traverse", command.traverse, only_latents),
         ("--attention", command.attention, only_latents),
         ("--anomaly", command.anomaly, only_latents),
+        ("--caption", command.caption is not None, only_latents),
         ("--checkpoint", command.checkpoint is not None, single),
         ("--no-ema", not command.ema, single),
     ):

@@ -136,6 +136,10 @@ NO_LATENTS = (
     "this recipe's model makes no images from latent vectors; where it makes them from images, "
     "python -m engine.translate RUN_DIR INPUT... --out DIR does"
 )
+NEEDS_CAPTION = (
+    "this recipe's model draws what a caption says: python -m engine.sample RUN_DIR --caption "
+    "'TEXT' does"
+)
 Direction = Literal["AtoB", "BtoA"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
@@ -211,6 +215,10 @@ class Algorithm:
         counts = {name: player.network.classes for name, player in self.players().items()}
         return {name: count for name, count in counts.items() if count}
 
+    def reads_captions(self) -> bool:
+        """Whether it is trained on captions."""
+        return any(player.network.words for player in self.players().values())
+
     def check_data(self, data: Data) -> None:
         """Raise ValueError, naming flag and remedy, for data that it cannot be trained on."""
 
@@ -221,7 +229,7 @@ class Algorithm:
     def sampler(self, networks: "Networks") -> nn.Module:
         """What makes images (N, C, H, W), float32 in [-1, 1], from latent vectors (N, L), in the
         mode that the networks are in; it shares their weights."""
-        raise ValueError(NO_LATENTS)
+        raise ValueError(NEEDS_CAPTION if self.draws_captions() else NO_LATENTS)
 
     def sampler_settings(self) -> Network:
         """Sizes whose `build` gives the module that `sampler` does, for whoever has only its
@@ -231,6 +239,17 @@ class Algorithm:
     def decode(self, networks: "Networks", z_NL: Tensor) -> Tensor:
         """Images (N C H W in [-1, 1]) from latent vectors, by networks in eval mode."""
         return self.sampler(networks)(z_NL).float()
+
+    def draws_captions(self) -> bool:
+        """Whether `captioned` makes images."""
+        return type(self).captioned is not Algorithm.captioned
+
+    def captioned(
+        self, networks: "Networks", z_NL: Tensor, tokens_NL: Tensor, lengths_N: Tensor
+    ) -> Tensor:
+        """Images (N, C, H, W), float32 in [-1, 1], of captions (see `Batch`) and latent vectors,
+        by networks in eval mode."""
+        raise ValueError("this recipe's model draws no captions")
 
     def notes(self) -> tuple[str, ...]:
         """What a run says of it at its start: what it takes in place of what it was not given."""

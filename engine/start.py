@@ -133,6 +133,7 @@ def _prepare(
         "dataset": dataset.identity(),
         "dataset_images": dataset.images,
         "classes": len(dataset.classes),
+        "words": list(dataset.words) if recipe.step.reads_captions() else [],
     }
     resumed = _resume(live, folder, facts, display)
     fed = before["resolved"]["pipeline"][0] if before else None

@@ -98,6 +98,7 @@ def run_command(command: recipes.Command, name: str) -> int:
         sharing.check(command.recipe, precision, environment()[2])
         dataset = find_dataset(command.recipe.data)
         recipes.check_classes(command.recipe, len(dataset.classes))
+        recipes.check_captions(command.recipe, len(dataset.words))
         cost = describe.cost(command.recipe, len(dataset.classes))
         if command.dry_run:
             dry_run(command.recipe, name, device, dataset, cost)

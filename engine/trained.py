@@ -120,6 +120,11 @@ class Trained(Model):
         return replace(self.recipe.data, **{k: v for k, v in vars(place).items() if v is not None})
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """What the numbers of the captions that it was trained on mean; empty without captions."""
+        return tuple(self.index.get("words", ()))
+
+    @property
     def channels(self) -> int:
         return self.recipe.data.channels
 

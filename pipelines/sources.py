@@ -64,6 +64,11 @@ class Dataset(ABC):
         """Images in an epoch: of the larger domain, if there are two."""
         return max(len(self), len(self.second) if self.second else 0)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The vocabulary of the captions; empty where there are none."""
+        return self.captions.words if self.captions else ()
+
     @abstractmethod
     def __len__(self) -> int:
         """Number of rows."""

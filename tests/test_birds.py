@@ -110,6 +110,16 @@ def test_words():
         captions.vocabulary([[str(i) for i in range(32_767)]])
 
 
+def test_a_users_caption_in_the_words_of_training():
+    words = captions.vocabulary([["a", "red", "bird"]])
+    tokens_L, length, unknown = captions.encode_text("A RED, crimson bird; crimson!", words)
+    assert tokens_L.tolist()[:4] == [1, 2, 3, 0] and len(tokens_L) == captions.LENGTH
+    assert length == 3 and unknown == ["crimson"]
+    for text, message in (("", "has no words"), (" ?!", "has no words"), ("<end>", "no word of")):
+        with pytest.raises(ValueError, match=message):
+            captions.encode_text(text, words)
+
+
 def test_long_captions_keep_eighteen_words_in_order():
     sentence = [str(i) for i in range(30)]
     other = [*sentence[:-1], "x"]

@@ -28,6 +28,10 @@ class Network:
     """Classes that its module is given as its second input, int64 (N,); a subclass whose module is
     makes it a field."""
 
+    words: ClassVar[int] = 0
+    """Rows of its table of words, at least as many as the vocabulary of the captions has; a
+    subclass whose module is given captions makes it a field."""
+
     traceable: ClassVar[bool] = True
     """Whether the module is one graph of a sensible size, for ONNX and torch.export."""
 

@@ -1,0 +1,50 @@
+"""What engine.sample draws for a caption.
+
+Shapes: N images, C channels, H height, W width, L words of a caption.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from engine.draw import Command, write_samples
+from engine.trained import Trained
+from engine.verb import warn
+from pipelines.captions import encode_text
+
+TOGETHER = 8
+"""Images of a forward, at most: fewer are asked for than of a model without captions."""
+
+
+def samples(command: Command, trained: Trained) -> None:
+    """A grid, single files, or both, of samples of the caption."""
+    count = command.num or TOGETHER
+    tokens_1L, lengths_1 = caption_of(command, trained)
+    made = _made(command, trained, count, tokens_1L, lengths_1)
+    write_samples(command, trained, count, made, f"{count} samples of {command.caption!r}")
+
+
+def caption_of(command: Command, trained: Trained) -> tuple[Tensor, Tensor]:
+    """The caption as int64 (1, L) and its length (1,), on the model's device; words that the model
+    does not know are named. Raises ValueError where it knows none, or draws no captions."""
+    if not trained.recipe.step.draws_captions():
+        raise ValueError(f"--caption is for text-to-image models, not {trained.name}")
+    tokens_L, length, unknown = encode_text(command.caption, trained.words)
+    if unknown:
+        warn(f"left out of the caption, not among the words of training: {', '.join(unknown)}")
+    tokens_1L = torch.from_numpy(tokens_L)[None].to(trained.device)
+    return tokens_1L, torch.tensor([length], device=trained.device)
+
+
+def _made(
+    command: Command, trained: Trained, count: int, tokens_1L: Tensor, lengths_1: Tensor
+) -> Iterator[Tensor]:
+    """The images, batch by batch; every forward has as many, as in `Model.decode`."""
+    batch, step = min(command.batch, TOGETHER), trained.recipe.step
+    tokens_NL, lengths_N = tokens_1L.repeat(batch, 1), lengths_1.repeat(batch)
+    for first in range(0, count, batch):
+        z_NL = trained.latents(command.seed, torch.arange(first, first + batch))
+        with torch.no_grad():
+            images_NCHW = step.captioned(trained.networks, z_NL, tokens_NL, lengths_N)
+        yield images_NCHW[: count - first].cpu()
