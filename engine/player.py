@@ -5,20 +5,33 @@ it, learning rates and the moving average read the clock's device tensor.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine.compile import Compiler
 from engine.ema import Average, ShardedAverage
+from engine.networks.norms import statistics_kept
 from engine.optimizer import make_optimizer
 from engine.parallel import share
 from engine.precision import Precision
 from engine.settings import Optimizer, PlayerSettings, Values
 from engine.world import Ranks
 from pipelines.batch import Clock
+
+
+class Made(NamedTuple):
+    """What a player's network made, for others to learn from before it is updated itself."""
+
+    tensor: Tensor
+    """Without gradient."""
+    held: Tensor | None
+    """With the graph that made it; None where it is to be made again."""
+    fn: Callable
+    args: tuple
+    """fn(network, *args) made it."""
 
 
 class Player:
@@ -56,6 +69,7 @@ class Player:
         self.rehearsing = False
         self.stride: float = 1  # iterations from one update to the next, for the average
         self._gathered: nn.Module | None = None
+        self._again: dict[tuple[Callable, Callable], Callable] = {}
 
     def _attach_optimizer(self, settings: PlayerSettings) -> None:
         real = self.clock.device.type != "meta"
@@ -100,6 +114,41 @@ class Player:
         with torch.no_grad(), self.shared.whole() as network, self.precision.autocast():
             return self.compiler(fn)(network, *args)
 
+    def make(self, fn: Callable, *args: Any, hold: bool = True) -> Made:
+        """fn(network, *args), a tensor; hold: `update_made` will minimise a loss of it.
+
+        Its graph is held until then, so that it is made but once. Not so with micro-batches, which
+        are there to save the memory, nor where ranks hold parts of the network: then it is made
+        again.
+        """
+        if not hold or self.accumulate > 1 or self.shared.spread:
+            return Made(self.infer(fn, *args), None, fn, args)
+        rehearsal = self.shared.rehearsal() if self.rehearsing else nullcontext(self.shared.root)
+        with rehearsal as root, self.precision.autocast():
+            held = root(self.compiler(fn), *args)
+        return Made(held.detach(), held, fn, args)
+
+    def update_made(self, made: Made, loss_fn: Callable, *args: Any) -> Values:
+        """`update`, for loss_fn(tensor, *args) -> (loss, values) of what `make` made."""
+        if made.held is None:
+            with statistics_kept(self.network):
+                return self.update(self._through(made, loss_fn), *made.args, *args)
+        self.clock.enter(self.name)
+        with self.precision.autocast():
+            loss, values = self.compiler(loss_fn)(made.held, *args)
+        self._backward(loss, self.network)
+        found = {"loss": loss} | values
+        return self._finished({name: value.detach() for name, value in found.items()})
+
+    def _through(self, made: Made, loss_fn: Callable) -> Callable:
+        """The loss as a function of the network and of both functions' arguments."""
+        fn, count = made.fn, len(made.args)
+
+        def loss_of_made(network: nn.Module, *args: Any) -> tuple[Tensor, Values]:
+            return loss_fn(fn(network, *args[:count]), *args[count:])
+
+        return self._again.setdefault((fn, loss_fn), loss_of_made)
+
     def update(self, loss_fn: Callable, *args: Any) -> Values:
         """Minimise loss_fn(network, *args) -> (loss, values) by one optimizer step.
 
@@ -112,7 +161,10 @@ class Player:
         for i, part in enumerate(chunks):
             values = self._micro_update(loss_fn, part, len(chunks), last=i == len(chunks) - 1)
             found.append({name: value.detach() for name, value in values.items()})
-        values = {name: _joined([part[name] for part in found]) for name in found[0]}
+        return self._finished({name: _joined([part[name] for part in found]) for name in found[0]})
+
+    def _finished(self, values: Values) -> Values:
+        """Step the optimizer; the values under the player's name, the gradient's norm with them."""
         norm = torch.zeros_like(self.lr) if self.rehearsing else self._optimize(values["loss"])
         return {f"{self.name}/{n}": v for n, v in (values | {"grad_norm": norm}).items()}
 
@@ -128,28 +180,28 @@ class Player:
 
     def _micro_update(self, loss_fn: Callable, part: tuple, parts: int, last: bool) -> Values:
         """Forward and backward of one micro-batch of so many; the loss and the values."""
-        if self.rehearsing:
-            return self._rehearse(loss_fn, part)
-        with self.shared.micro_batch(last):
+        turn = self.shared.rehearsal() if self.rehearsing else self.shared.micro_batch(last)
+        with turn as rehearsed:
+            root = rehearsed or self.shared.root
             with self.precision.autocast():
-                loss, values = self.shared.root(self.compiler(loss_fn), *part)
-            # A loss that is not finite spoils this rank's gradient (0 * inf is NaN) and so the mean
-            # over ranks: all of them skip the step, without a word between them.
-            share = 1.0 / parts + 0.0 * loss.detach()
-            self.shared.backward(self._scaled(loss * share))
+                loss, values = root(self.compiler(loss_fn), *part)
+            self._backward(loss, root, parts)
         return {"loss": loss} | values
+
+    def _backward(self, loss: Tensor, module: nn.Module, parts: int = 1) -> None:
+        """Add the gradient of one of so many micro-batches' losses; in a rehearsal one on which
+        nothing depends and which tells no other rank."""
+        if self.rehearsing:
+            trained = [p for p in module.parameters() if p.requires_grad]
+            torch.autograd.grad(self._scaled(loss), trained, allow_unused=True)
+            return
+        # A loss that is not finite spoils this rank's gradient (0 * inf is NaN) and so the mean
+        # over ranks: all of them skip the step, without a word between them.
+        share = 1.0 / parts + 0.0 * loss.detach()
+        self.shared.backward(self._scaled(loss * share))
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return self.scaler.scale(loss) if self.scaler else loss
-
-    def _rehearse(self, loss_fn: Callable, part: tuple) -> Values:
-        """Forward and backward on which nothing depends and which tell no other rank."""
-        with self.shared.rehearsal() as root:
-            with self.precision.autocast():
-                loss, values = root(self.compiler(loss_fn), *part)
-            trained = [p for p in root.parameters() if p.requires_grad]
-            torch.autograd.grad(self._scaled(loss), trained, allow_unused=True)
-        return {"loss": loss} | values
 
     def _micro_batches(self, args: tuple) -> list[tuple]:
         if self.accumulate == 1:

@@ -1,12 +1,12 @@
 """What happens between steps: logging ticks, pictures, checkpoints, and the end of a run."""
 
+import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from engine import checkpoint, watchdog
 from engine.failure import NonFinite
-from engine.settings import Algorithm
 from engine.start import Training
 from engine.stats import memory_gib
 from pipelines.batch import Clock
@@ -120,11 +120,8 @@ def finish(t: Training) -> None:
     if t.metrics and (account := t.metrics.account()):
         t.display.line(account)
     t.display.line(f"look at {t.folder / 'report.html'} and {t.folder / 'samples'}")
-    kind = type(t.session.recipe.step)
-    if kind.latent_dim is not Algorithm.latent_dim:
-        t.display.line(f"sample: python -m engine.sample {t.folder} --num 64 --out grid.png")
-    elif kind.translate is not Algorithm.translate:
-        t.display.line(f"use it: python -m engine.translate {t.folder} IMAGES... --out FOLDER")
+    for what, command in t.session.recipe.step.uses().items():
+        t.display.line(f"{what}: {command.replace('RUN_DIR', shlex.quote(str(t.folder)))}")
 
 
 def already_finished(t: Training) -> None:

@@ -80,6 +80,7 @@ def write_recipe(folder: Path, name: str, recipe: Recipe, resolved: dict[str, An
         "digest": digest(name),
         "resolved": resolved,
         "provenance": provenance(resolved["device"]),
+        "uses": recipe.step.uses(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / ".recipe.json"

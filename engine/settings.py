@@ -222,6 +222,19 @@ class Algorithm:
     def check_data(self, data: Data) -> None:
         """Raise ValueError, naming flag and remedy, for data that it cannot be trained on."""
 
+    def uses(self) -> dict[str, str]:
+        """What a trained run is good for, and the command with RUN_DIR in the run's place."""
+        found, kind = {}, type(self)
+        if self.draws_captions():
+            found["sample"] = "python -m engine.sample RUN_DIR --caption 'TEXT'"
+        elif kind.latent_dim is not Algorithm.latent_dim:
+            found["sample"] = "python -m engine.sample RUN_DIR --num 64 --out grid.png"
+        if kind.translate is not Algorithm.translate:
+            found["translate"] = "python -m engine.translate RUN_DIR IMAGES... --out FOLDER"
+        if kind.reconstruct is not Algorithm.reconstruct:
+            found["reconstruct"] = "python -m engine.sample RUN_DIR --reconstruct"
+        return found
+
     def latent_dim(self) -> int:
         """Length of the latent vector."""
         raise ValueError(NO_LATENTS)

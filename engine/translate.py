@@ -52,8 +52,8 @@ class Command:
     image whole; default 256."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
-    checkpoint: int | None = None
-    """Images seen at the checkpoint to take; default: the newest."""
+    checkpoint: int | Literal["best"] | None = None
+    """Images seen at the checkpoint to take, or the best one measured; default: the newest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
 

@@ -12,6 +12,7 @@ from engine import pictures
 RECIPE = {
     "recipe": "dcgan_digits",
     "values": {"seed": 1, "note": "</script><script>alert(1)</script><!--", "data": {"batch": 64}},
+    "uses": {"sample": "python -m engine.sample RUN_DIR"},
     "resolved": {
         "precision": {"value": "bf16", "reason": "the CPU has it"},
         "compile": ["off", "no g++"],

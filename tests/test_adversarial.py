@@ -47,9 +47,9 @@ def advance(live: Session, steps: int) -> list[dict[str, Tensor]]:
 def test_each_update_moves_its_own_player_alone_and_the_discriminator_comes_first(monkeypatch):
     live, order = started(), []
 
-    def watched(name: str, other: str) -> None:
+    def watched(name: str, other: str, kind: str) -> None:
         player, opponent = live.players[name], live.players[other]
-        plain = player.update
+        plain = getattr(player, kind)
 
         def update(*args):
             mine, theirs = weights(player.network), weights(opponent.network)
@@ -59,10 +59,10 @@ def test_each_update_moves_its_own_player_alone_and_the_discriminator_comes_firs
             order.append(name)
             return values
 
-        monkeypatch.setattr(player, "update", update)
+        monkeypatch.setattr(player, kind, update)
 
-    watched("generator", "discriminator")
-    watched("discriminator", "generator")
+    watched("generator", "discriminator", "update_made")
+    watched("discriminator", "generator", "update")
     advance(live, 2)
     assert order == ["discriminator", "generator"] * 2
 
@@ -77,16 +77,26 @@ def test_a_step_reports_both_players():
     assert float(values["discriminator/loss"]) == pytest.approx(2 * math.log(2), abs=0.3)
 
 
-def test_both_updates_of_a_step_see_the_same_fakes_and_the_next_step_others():
+def test_both_updates_of_a_step_see_the_same_fakes_made_once_and_the_next_step_others():
     live, made = started(), []
     live.players["generator"].network.register_forward_hook(
         lambda module, args, out: made.append(out.detach().clone())
     )
     advance(live, 2)
-    assert len(made) == 4
-    for first, second in (made[:2], made[2:]):
-        assert torch.equal(first, second)
-    assert not torch.equal(made[0], made[2])
+    assert len(made) == 2 and not torch.equal(*made)
+
+
+def test_fakes_that_are_made_again_teach_the_same(monkeypatch):
+    once, again, made = started(), started(), []
+    monkeypatch.setattr(again.players["generator"].shared, "spread", True)
+    again.players["generator"].network.register_forward_hook(
+        lambda module, args, out: made.append(out.detach().clone())
+    )
+    for mine, theirs in zip(advance(once, 2), advance(again, 2), strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert len(made) == 4 and torch.equal(*made[:2]) and torch.equal(*made[2:])
+    state, other = (live.players["generator"].network.state_dict() for live in (once, again))
+    assert all(torch.equal(state[name], other[name]) for name in state)
 
 
 def test_running_statistics_of_the_generator_move_once_in_a_step():

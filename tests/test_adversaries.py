@@ -16,6 +16,7 @@ from engine.augment import augment, color, cut_out, translate
 from engine.losses import ADVERSARIES
 from engine.networks import cgan, residual, sagan
 from engine.networks.conditional import ByClass, ConditionalNorm, with_classes
+from engine.networks.norms import statistics_kept
 from engine.networks.spec import ImageSpec
 from engine.networks.spectral import Normalised, folded, spectral_norm
 from engine.optimizer import GuardedRMSprop
@@ -123,6 +124,15 @@ def test_a_compiled_backward_pass_has_the_vector_of_its_forward():
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
+def test_a_forward_that_moves_nothing_divides_by_what_the_last_one_did():
+    layer, x = spectral_norm(nn.Linear(7, 4)), torch.randn(2, 7)
+    nn.init.normal_(layer.weight)  # far from its singular vector
+    first, vector = layer(x), layer.singular_O.clone()
+    with statistics_kept(layer):
+        assert torch.equal(layer(x), first)
+    assert torch.equal(layer.singular_O, vector) and not torch.equal(layer(x), first)
+
+
 def test_the_norm_is_differentiated_and_the_vector_is_not_moved_by_a_penalty():
     critic = spectral_norm(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 1)))
     before = critic[0].singular_O.clone()
@@ -130,7 +140,7 @@ def test_the_norm_is_differentiated_and_the_vector_is_not_moved_by_a_penalty():
     assert torch.equal(critic[0].singular_O, before)
     layer = spectral_norm(nn.Linear(3, 2).double())
     layer.track_running_stats = False
-    u, v = layer._vectors(layer.weight.detach())
+    u, v = layer._vectors(layer.weight.detach(), layer.before_O)
     output = layer(torch.eye(3, dtype=torch.float64)).sum()
     (gradient,) = torch.autograd.grad(output, layer.weight)
     sigma = u @ layer.weight.detach() @ v

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from engine import session
 from engine.compile import Compiler
 from engine.networks import dcgan, mlp, residual
+from engine.networks.norms import statistics_kept
 from engine.networks.spec import ImageSpec, Network
 from engine.networks.spectral import spectral_norm
 from engine.penalties import gradient_penalty, input_gradient, r1_penalty
@@ -113,7 +114,8 @@ def exact_loss(name: str, critic: nn.Module, real: Tensor, fake: Tensor) -> Tens
     x = {"wgan-gp": fake + alpha * (real - fake), "r1": real, "r2": fake}[name]
     x = x.detach().requires_grad_()
     opinions = critic(fake).mean() - critic(real).mean()
-    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    with statistics_kept(critic):
+        (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     square_N = gradient.flatten(1).square().sum(1)
     inside = (square_N.sqrt() - 1).square() if name == "wgan-gp" else square_N
     return opinions + 10 * inside.mean()

@@ -18,11 +18,15 @@ SMALLEST = 1e-12  # of a norm that is divided by
 
 class Normalised(nn.Module):
     """A layer whose weight is divided by an estimate of its largest singular value: u' W v with
-    v = W' u normalised; u follows W in training."""
+    v = W' u normalised; u follows W in training.
+
+    A forward for which nothing is to follow (`statistics_kept`) divides by what the last one did.
+    """
 
     axis = 0  # of the weight's outputs
     track_running_stats: bool  # whether u follows, as for BatchNorm's statistics
     singular_O: Tensor
+    before_O: Tensor  # what singular_O was made of
 
     def begin(self) -> None:
         """Make the estimate of a fresh weight."""
@@ -30,24 +34,29 @@ class Normalised(nn.Module):
         generator = torch.Generator().manual_seed(weight.numel())
         u_O = torch.randn(weight.shape[self.axis], generator=generator).to(weight.device)
         self.register_buffer("singular_O", u_O)
+        self.register_buffer("before_O", u_O, persistent=False)
         self.track_running_stats = True
         for _ in range(ITERATIONS):
-            self.singular_O = self._vectors(self._rows(weight))[0]
+            self.before_O = self.singular_O
+            self.singular_O = self._vectors(self._rows(weight), self.before_O)[0]
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.movedim(self.axis, 0).flatten(1)
 
-    def _vectors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    def _vectors(self, weight_OI: Tensor, before_O: Tensor) -> tuple[Tensor, Tensor]:
         """The next estimate of the singular vectors, (O,) and (I,)."""
-        v_I = F.normalize(applied(weight_OI.T, kept(self.singular_O)), dim=0)
+        v_I = F.normalize(applied(weight_OI.T, before_O), dim=0)
         return F.normalize(applied(weight_OI, v_I), dim=0), v_I
 
     def normalised(self) -> Tensor:
         """The weight over its norm."""
         weight_OI = self._rows(self.weight)
         with torch.no_grad():
-            u_O, v_I = self._vectors(weight_OI)
+            again = self.training and not self.track_running_stats
+            before_O = kept(self.before_O if again else self.singular_O)
+            u_O, v_I = self._vectors(weight_OI, before_O)
             if self.training and self.track_running_stats:
+                self.before_O.copy_(before_O)
                 self.singular_O.copy_(u_O)
         return self.weight / ((u_O * applied(weight_OI, v_I)).sum() + SMALLEST)
 

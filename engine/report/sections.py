@@ -185,15 +185,17 @@ def choice(value: Any) -> tuple[str, str]:
 
 
 def commands_section(run: Run) -> list[Json]:
-    """What to type to go on with the run, to sample from it, and to rebuild this page."""
+    """What to type to go on with the run, to use it, and to rebuild this page."""
     command = run.part("provenance").get("command")
     command = shlex.join(map(str, command)) if isinstance(command, list) else command
     where = shlex.quote(str(run.folder))
     rows = [("resume, from the last checkpoint", str(command))] if command else []
-    rows.append(("sample", f"python -m engine.sample {where}"))
+    uses = {k: str(c).replace("RUN_DIR", where) for k, c in run.part("uses").items()}
+    rows += uses.items()
     if run.best:
-        best = f"python -m engine.sample {where} --checkpoint best"
-        rows.append(("sample from the best checkpoint", best))
+        rows += [
+            (f"{k}, by the best checkpoint", f"{c} --checkpoint best") for k, c in uses.items()
+        ]
     rows.append(("rebuild this page", f"python -m engine.report {where}"))
     compare = f"python -m engine.report {where} OTHER_RUN_DIR --out comparison.html"
     rows.append(("compare with another run", compare))

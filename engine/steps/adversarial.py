@@ -2,9 +2,9 @@
 or every few.
 
 Goodfellow et al. 2014, "Generative adversarial nets", algorithm 1, by default with k = 1 and the
-non-saturating generator loss. The discriminator learns from fakes that carry no gradient; the
-generator makes the same fakes again from the same latents, so that only one network's activations
-are held at a time. Networks that are given classes get those of the batch, for fakes too.
+non-saturating generator loss. The generator learns from the fakes that the discriminator has just
+learnt from (`Player.make` says when they are made once, and when again). Networks that are given
+classes get those of the batch, for fakes too.
 
 Shapes: N batch, C channels, H height, W width, L latent.
 """
@@ -23,7 +23,6 @@ from engine.augment import Kind, augment
 from engine.compile import second_order
 from engine.losses import ADVERSARIES
 from engine.networks.conditional import ByClass, Choosing
-from engine.networks.norms import statistics_kept
 from engine.networks.spec import Network
 from engine.penalties import gradient_penalty, r1_penalty
 from engine.player import Player, frozen
@@ -141,7 +140,7 @@ class Adversarial(Algorithm):
         weight = self.r1 / 2 * self.r1_every
         punish = partial(penalised_update, loss=self.loss, r1=weight, gp=self.gp, **seen)
         mix = partial(penalised_update, loss=self.loss, r1=0.0, gp=self.gp, **seen)
-        fool = partial(generator_update, loss=self.loss, latent=latent, **seen)
+        fool = partial(generator_update, loss=self.loss, **seen)
         generator, discriminator = players["generator"], players["discriminator"]
         generator.stride = self.critic_updates
         if self.gp and any(isinstance(m, _BatchNorm) for m in discriminator.network.modules()):
@@ -154,15 +153,16 @@ class Adversarial(Algorithm):
         def step(batch: Batch) -> Values:
             where = (batch.labels_N if self.classes() else None, key, batch.position_N)
             iteration = discriminator.clock.iteration
-            fake_NCHW = generator.infer(make, *where)
+            learns = self.generator_learns(iteration)
+            made = generator.make(make, *where, hold=learns)
             if self.clip_weights:
                 discriminator.clip_weights(self.clip_weights)
             turn = self.r1 and iteration % self.r1_every == 0
             update = punish if turn else mix if self.gp else judge
-            values = discriminator.update(update, batch.images_NCHW, fake_NCHW, *where)
-            if self.generator_learns(iteration):
-                with frozen(discriminator) as critic, statistics_kept(generator.network):
-                    values |= generator.update(fool, critic, batch.images_NCHW, *where)
+            values = discriminator.update(update, batch.images_NCHW, made.tensor, *where)
+            if learns:
+                with frozen(discriminator) as critic:
+                    values |= generator.update_made(made, fool, critic, batch.images_NCHW, *where)
             return values
 
         return step
@@ -241,21 +241,19 @@ def penalised_update(
 
 
 def generator_update(
-    generator: nn.Module,
+    fake_NCHW: Tensor,
     critic: nn.Module,
     real_NCHW: Tensor,
     label_N: Tensor | None,
     key: Tensor,
     position_N: Tensor,
     *,
-    latent: int,
     loss: Loss,
     joint: bool,
     kinds: Kinds,
 ) -> tuple[Tensor, Values]:
     """The generator's loss, for the fakes that the discriminator has just judged, in the company in
     which it judged them."""
-    fake_NCHW = make_fakes(generator, label_N, key, position_N, latent=latent)
     fake_NCHW = augment(fake_NCHW, kinds, key, FOOLING, position_N)
     if joint:
         real_NCHW = augment(real_NCHW, kinds, key, REAL, position_N)

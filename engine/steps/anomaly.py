@@ -129,16 +129,16 @@ class Anomaly(Algorithm):
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         make = partial(make_fakes, latent=self.latent_dim())
         judge = partial(critic_update, penalty=self.penalty)
-        fool = partial(generator_update, latent=self.latent_dim())
         fit = partial(encoder_update, kappa=self.kappa)
         generator, critic, encoder = (players[n] for n in ("generator", "critic", "encoder"))
 
         def adversarial(batch: Batch) -> Values:
-            fake_NCHW = generator.infer(make, key, batch.position_N)
-            values = critic.update(judge, batch.images_NCHW, fake_NCHW, key, batch.position_N)
-            if critic.clock.iteration % self.critic_updates == 0:
+            learns = critic.clock.iteration % self.critic_updates == 0
+            made = generator.make(make, key, batch.position_N, hold=learns)
+            values = critic.update(judge, batch.images_NCHW, made.tensor, key, batch.position_N)
+            if learns:
                 with frozen(critic) as fixed:
-                    values |= generator.update(fool, fixed, key, batch.position_N)
+                    values |= generator.update_made(made, generator_update, fixed)
             return values
 
         def step(batch: Batch) -> Values:
@@ -175,11 +175,8 @@ def critic_update(
     return loss + penalty * punished, values
 
 
-def generator_update(
-    generator: nn.Module, critic: nn.Module, key: Tensor, position_N: Tensor, *, latent: int
-) -> tuple[Tensor, Values]:
+def generator_update(fake_NCHW: Tensor, critic: nn.Module) -> tuple[Tensor, Values]:
     """-E[D(G(z))] (Gulrajani et al. 2017, algorithm 1), for the fakes just judged."""
-    fake_NCHW = make_fakes(generator, key, position_N, latent=latent)
     return critic_generator_loss(critic(fake_NCHW)), {}
 
 

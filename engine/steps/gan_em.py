@@ -141,7 +141,7 @@ class ExpectationMaximisation(Algorithm):
         latent = self.generator.network.latent
         make = partial(make_fakes, stream=LATENTS, latent=latent, clusters=self.clusters)
         punish = partial(penalised_update, weight=self.r1 / 2 * self.r1_every)
-        fool = partial(generator_update, latent=latent, clusters=self.clusters)
+        fool = partial(generator_update, clusters=self.clusters)
         e_step, assign = self._e_step(players, key), self._assign(players["encoder"])
 
         def step(batch: Batch) -> Values:
@@ -149,11 +149,11 @@ class ExpectationMaximisation(Algorithm):
             e_turn, uniform, punishes = self.turns(discriminator.clock.iteration)
             values = e_step(position_N) if e_turn else {}
             share_NK = assign(real_NCHW, uniform)
-            fake_NCHW = generator.infer(make, key, position_N, position_N)
+            made = generator.make(make, key, position_N, position_N)
             judge = punish if punishes else discriminator_update
-            values |= discriminator.update(judge, real_NCHW, fake_NCHW, share_NK)
-            with frozen(discriminator) as critic, statistics_kept(generator.network):
-                values |= generator.update(fool, critic, key, position_N)
+            values |= discriminator.update(judge, real_NCHW, made.tensor, share_NK)
+            with frozen(discriminator) as critic:
+                values |= generator.update_made(made, fool, critic, position_N)
             return values
 
         return step
@@ -274,19 +274,9 @@ def expected_r1(critic: nn.Module, images_NCHW: Tensor, share_NK: Tensor) -> Ten
 
 
 def generator_update(
-    generator: nn.Module,
-    critic: nn.Module,
-    key: Tensor,
-    position_N: Tensor,
-    *,
-    latent: int,
-    clusters: int,
+    fake_NCHW: Tensor, critic: nn.Module, position_N: Tensor, *, clusters: int
 ) -> tuple[Tensor, Values]:
     """The generator's loss, for the fakes that the discriminator has just judged."""
-    places = (position_N, position_N)
-    fake_NCHW = make_fakes(
-        generator, key, *places, stream=LATENTS, latent=latent, clusters=clusters
-    )
     return fooling_loss(critic(fake_NCHW), labels(position_N, clusters)), {}
 
 

@@ -98,11 +98,10 @@ class Paired(Algorithm):
 
         def step(batch: Batch) -> Values:
             given_NCHW, goal_NCHW = self.sides(batch)
-            where = (key, batch.position_N)
-            fake_NCHW = generator.infer(make, given_NCHW, *where)
-            values = discriminator.update(judge, given_NCHW, goal_NCHW, fake_NCHW)
+            made = generator.make(make, given_NCHW, key, batch.position_N)
+            values = discriminator.update(judge, given_NCHW, goal_NCHW, made.tensor)
             with frozen(discriminator) as critic:
-                return values | generator.update(fool, critic, given_NCHW, goal_NCHW, *where)
+                return values | generator.update_made(made, fool, critic, given_NCHW, goal_NCHW)
 
         return step
 
@@ -132,18 +131,15 @@ def judged_update(
 
 
 def translator_update(
-    generator: nn.Module,
+    fake_NCHW: Tensor,
     critic: nn.Module,
     given_NCHW: Tensor,
     goal_NCHW: Tensor,
-    key: Tensor,
-    position_N: Tensor,
     *,
     loss: Loss,
     l1: float,
 ) -> tuple[Tensor, Values]:
     """The generator's loss and its parts."""
-    fake_NCHW = make(generator, given_NCHW, key, position_N)
     fooling = ADVERSARIES[loss][1](critic(given_NCHW, fake_NCHW))
     distance = F.l1_loss(fake_NCHW.float(), goal_NCHW)
     return fooling + l1 * distance, {"adversarial": fooling, "l1": distance}
