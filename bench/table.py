@@ -86,6 +86,11 @@ TABLES = {"bench_feeding": ("pipelines", pipelines), "bench_recipe": ("recipes",
 """By a bench of the results that it is made from: what the marks call it, and what makes it."""
 
 
+def between(begin: str, end: str) -> list[str]:
+    """The lines that stand in README between two marks."""
+    return README.read_text().split(begin)[1].split(end)[0].strip().splitlines()
+
+
 def write_between(begin: str, end: str, made: str) -> None:
     """Replace what stands in README between two marks."""
     before, rest = README.read_text().split(begin)
