@@ -276,6 +276,13 @@ class Algorithm:
         """Images of the other domain or of the larger size, float32 in [-1, 1]."""
         raise ValueError("this recipe's model does not translate images")
 
+    def stylise(
+        self, networks: "Networks", images_NCHW: Tensor, style_NCHW: Tensor, alpha: float
+    ) -> Tensor:
+        """Images in the style of others, (1 or N, C, any H, any W), float32 in [-1, 1]; alpha: how
+        much so, from 0 to 1."""
+        raise ValueError("this recipe's model takes no style")
+
     def columns(self, networks: "Networks", batch: "Batch") -> tuple[Tensor, ...]:
         """What stands side by side in a picture of what the model makes of held-out images: each
         (N, C, H, W) in [-1, 1], by networks in eval mode."""

@@ -1,11 +1,14 @@
-"""Translate or enlarge images by a run: python -m engine.translate RUN_DIR INPUT... --out DIR.
+"""Translate or enlarge images by a run, or draw them in the style of another image:
+python -m engine.translate RUN_DIR INPUT... --out DIR.
 
 Inputs are image files or folders of them, of any size, grey or colour; what is transparent is laid
 over white. They are padded by reflection to what the networks need, and the result is cut back;
-large ones are enlarged square by square. Each becomes DIR/NAME.png, marked as generated.
+large ones are enlarged square by square. Each becomes DIR/NAME.png, marked as generated; with
+several images or folders of them for --style, DIR/NAME-STYLE.png.
 
     python -m engine.translate runs/cyclegan_horse2zebra/RUN horses/ --direction AtoB --out zebras/
     python -m engine.translate runs/srgan_x4/RUN photos/ --out large/
+    python -m engine.translate runs/style_transfer/RUN photos/ --style picasso.jpg --out drawn/
 """
 
 import sys
@@ -20,7 +23,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine import pictures
+from engine import pictures, stylise
 from engine.checkpoint import CheckpointError
 from engine.run import RunError
 from engine.settings import DIRECTIONS, Algorithm, Direction, Translation
@@ -50,6 +53,10 @@ class Command:
     tile: int | None = None
     """Side of the squares in which large images are enlarged, in pixels of the input; 0 takes each
     image whole; default 256."""
+    style: tuple[Path, ...] = ()
+    """For models that draw in the style of an image: that image, of any size, or several."""
+    alpha: float = 1.0
+    """How much of the style they take, from 0 (the content alone) to 1."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
     checkpoint: int | Literal["best"] | None = None
@@ -94,17 +101,15 @@ def read(path: Path, channels: int) -> Tensor:
 
 @torch.no_grad()
 def translated(
-    trained: Trained, image_NCHW: Tensor, direction: Direction, side: int | None
+    trained: Trained, image_NCHW: Tensor, make: stylise.Make, side: int | None
 ) -> Tensor:
-    """The translation, of the image's size times the scale, on the host; in squares of that side
-    (see `in_tiles`)."""
-    step = trained.recipe.step
-    kind = step.translation(trained.recipe.data)
+    """What `make` makes of an image, of its size times the scale, on the host; in squares of that
+    side (see `in_tiles`)."""
+    kind = trained.recipe.step.translation(trained.recipe.data)
     height, width = image_NCHW.shape[2:]
     right, below = -width % kind.multiple, -height % kind.multiple
     mode = "reflect" if right < width and below < height else "replicate"
     padded_NCHW = F.pad(image_NCHW.to(trained.device), (0, right, 0, below), mode)
-    make = partial(step.translate, trained.networks, direction=direction)
     made_NCHW = in_tiles(make, padded_NCHW, kind, side)
     return made_NCHW[:, :, : kind.scale * height, : kind.scale * width]
 
@@ -112,10 +117,10 @@ def translated(
 def kind_of(trained: Trained, command: Command) -> Translation:
     """How the model takes images. Raises ValueError where it takes none, or not as commanded."""
     step = trained.recipe.step
-    if type(step).translate is Algorithm.translate:
+    if type(step).translation is Algorithm.translation:
         raise ValueError(
             f"{trained.name} makes no images of images: take a run of cyclegan_horse2zebra, "
-            f"pix2pix_facades or srgan_x4"
+            f"pix2pix_facades, srgan_x4 or style_transfer"
         )
     kind = step.translation(trained.recipe.data)
     check_side(command.tile, kind)
@@ -125,11 +130,34 @@ def kind_of(trained: Trained, command: Command) -> Translation:
     return kind
 
 
+def makers(
+    trained: Trained, command: Command, kind: Translation, styles: dict[str, Path]
+) -> dict[str, stylise.Make]:
+    """What makes images of images, by the style, or alone without a name. Raises BadImage."""
+    if styles:
+        images = {name: read(path, trained.channels) for name, path in styles.items()}
+        return {name: stylise.maker(trained, x, command.alpha) for name, x in images.items()}
+    direction = command.direction or (kind.directions or DIRECTIONS)[0]
+    return {"": partial(trained.recipe.step.translate, trained.networks, direction=direction)}
+
+
+def how(command: Command, kind: Translation, styles: dict[str, Path]) -> str:
+    """What is done, in words."""
+    if styles:
+        return f"in the style of {', '.join(styles)}"
+    if kind.directions:
+        return command.direction or kind.directions[0]
+    return f"{kind.scale} times larger"
+
+
 def run_command(command: Command) -> None:
     """Check, load, translate, write. Raises ValueError for a wrong command, FAILURES otherwise."""
     files = files_of(command.inputs)
-    given = {path.resolve() for path in files.values()}
-    for name in files:
+    styles = files_of(command.style) if command.style else {}
+    stylise.check_flags(styles, command.alpha)
+    wanted = stylise.targets(list(files), list(styles or [""]))
+    given = {path.resolve() for path in (*files.values(), *styles.values())}
+    for *_, name in wanted:
         place = command.out / f"{name}.png"
         if place.resolve() in given:
             raise ValueError(
@@ -138,15 +166,15 @@ def run_command(command: Command) -> None:
         check_place(place)
     trained = open_run(command.run_dir, command.checkpoint, command.ema, command.device, warn)
     kind = kind_of(trained, command)
-    direction = command.direction or (kind.directions or DIRECTIONS)[0]
-    how = direction if kind.directions else f"{kind.scale} times larger"
-    say(f"{trained.name} at {trained.images:,} images, {how}")
-    for name, path in files.items():
-        image_NCHW = read(path, trained.channels)
-        made_NCHW = translated(trained, image_NCHW, direction, command.tile)
+    stylise.check_model(trained, styles)
+    makes = makers(trained, command, kind, styles)
+    say(f"{trained.name} at {trained.images:,} images, {how(command, kind, styles)}")
+    for given_name, style, name in wanted:
+        image_NCHW = read(files[given_name], trained.channels)
+        made_NCHW = translated(trained, image_NCHW, makes[style], command.tile)
         picture = pictures.grid(made_NCHW, pad=0, least=0)
         pictures.save(picture, command.out / f"{name}.png", trained.origin(0))
-    say(f"wrote {len(files):,} images to {command.out}")
+    say(f"wrote {len(wanted):,} images to {command.out}")
 
 
 def main(arguments: list[str] | None = None) -> int:

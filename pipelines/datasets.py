@@ -36,6 +36,7 @@ THINGS = (
 CELEBA_IMAGES = 202_599
 PLACES = {
     "horse2zebra": (open_unpaired, ("horse2zebra",)),
+    "style_transfer": (open_unpaired, ("style_transfer",)),
     "unpaired": (open_unpaired, ()),
     "facades": (open_pairs, ("facades",)),
     "pairs": (open_pairs, ()),

@@ -20,29 +20,36 @@ IMAGES = "images (" + " ".join(layouts.SUFFIXES) + ")"
 
 
 def open_unpaired(data: Data, split: str, fit: Fit, places: tuple[str, ...]) -> FileSet:
-    """Domain A, with domain B as its `second`: folders `<split>A` and `<split>B`, of any sizes."""
+    """Domain A, with domain B as its `second`, images of any sizes: folders `<split>A` and
+    `<split>B`; or `content` and `style`, each of images or with a folder of each split."""
     roots = _roots(data, places)
     for root in roots:
         if (root / "trainA").is_dir() or (root / "trainB").is_dir():
-            return _both(data.name, split, fit, root)
-    looked = ("trainA/ and trainB/ with " + IMAGES, roots)
+            folders = {letter: root / f"{split}{letter}" for letter in "AB"}
+            return _both(data.name, split, fit, root, folders)
+        if (root / "content").is_dir() or (root / "style").is_dir():
+            parts = {part: root / part for part in ("content", "style")}
+            folders = {part: layouts.split_folder(x, split) for part, x in parts.items()}
+            return _both(data.name, split, fit, root, folders)
+    looked = ("trainA/ and trainB/, or content/ and style/, with " + IMAGES, roots)
     raise DatasetMissing(missing_text(data, looked=looked))
 
 
-def _both(name: str, split: str, fit: Fit, root: Path) -> FileSet:
+def _both(name: str, split: str, fit: Fit, root: Path, folders: dict[str, Path | None]) -> FileSet:
+    """The domains by their names; a folder that is None lacks the split."""
     domains = []
-    for letter in "AB":
-        folder = root / f"{split}{letter}"
-        names = layouts.list_images(folder)
+    for part, folder in folders.items():
+        names = layouts.list_images(folder) if folder else []
         if not len(names):
             if split != "train":
-                raise NoSplit(f"{name} in {root} has no {split} images ({folder.name}/ is empty)")
+                where = f"{folder.name}/ is empty" if folder else f"no {split}/ in {part}/"
+                raise NoSplit(f"{name} in {root} has no {split} images ({where})")
             raise DatasetMissing(f"{folder} holds no {IMAGES}: both domains are needed")
-        domain = f"{name}-{letter}"
-        domains.append(FileSet(domain, split, fit, folder=folder, names=names))
+        domains.append(FileSet(f"{name}-{part}", split, fit, folder=folder, names=names))
     first, second = domains
     first.second = second
-    first.note = f"A: {len(first):,} images, B: {len(second):,}, unpaired"
+    counts = zip(folders, (f"{len(first):,} images", f"{len(second):,}"), strict=True)
+    first.note = ", ".join(f"{part}: {count}" for part, count in counts) + ", unpaired"
     return first
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-UNPAIRED = ("horse2zebra", "unpaired", "synthetic_unpaired")
+UNPAIRED = ("horse2zebra", "style_transfer", "unpaired", "synthetic_unpaired")
 PAIRED = ("facades", "pairs", "synthetic_pairs")
 """Datasets of two domains, and of side-by-side pairs."""
 
@@ -16,9 +16,9 @@ class Data:
 
     name: str = "digits"
     """Dataset: digits, mnist, fashion_mnist, cifar10, celeba, lsun, birds, horse2zebra, facades,
-    folder (also a zip or tar shards), unpaired (trainA, trainB), pairs (side by side), tiles (cut
-    from large images), synthetic, synthetic_unpaired, synthetic_pairs or synthetic_captions
-    (computed)."""
+    style_transfer, folder (also a zip or tar shards), unpaired (trainA, trainB; or content, style),
+    pairs (side by side), tiles (cut from large images), synthetic, synthetic_unpaired,
+    synthetic_pairs or synthetic_captions (computed)."""
     resolution: int = 64
     """Height and width in pixels; images are resized (shorter side) and centre-cropped to it."""
     channels: Literal[1, 3] = 3

@@ -1,6 +1,6 @@
-"""Figures of a family whose images each have one that they should be equal to (for an autoencoder
-the image itself): all are of held-out images (`engine.metrics.held_out`), beside what one has
-without a model."""
+"""Figures of held-out images (`engine.metrics.held_out`), beside what one has without a model: how
+near those are that the model makes to those that they should be equal to (for an autoencoder the
+images themselves), and the family's own."""
 
 import time
 from collections.abc import Callable
