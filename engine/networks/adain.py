@@ -45,12 +45,13 @@ def adain(content_NCHW: Tensor, style_NCHW: Tensor) -> Tensor:
 
 
 class Encoder(TappedVgg19):
-    """VGG19 up to relu4_1, or so many times as wide; its weights are buffers, so that it is saved,
-    and nothing trains it."""
+    """VGG19 up to the first ReLU of a block, its layers `width` / 64 times as wide; its weights are
+    buffers, so that it is saved, and nothing trains it."""
 
-    def __init__(self, width: int) -> None:
-        blocks = ((width, 2), (2 * width, 2), (4 * width, 4), (8 * width, 1))
-        super().__init__(blocks, padding="reflect")
+    def __init__(self, width: int, levels: int) -> None:
+        before = zip((1, 2, 4), (2, 2, 4), strict=True)
+        blocks = [(times * width, count) for times, count in before][: levels - 1]
+        super().__init__((*blocks, (width * 2 ** (levels - 1), 1)), padding="reflect")
         for layer in self.features:
             if isinstance(layer, nn.Conv2d):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))
@@ -65,12 +66,13 @@ def fix(layer: nn.Module) -> None:
         layer.register_buffer(name, parameter.detach())
 
 
-def mirrored(channels: int, width: int) -> nn.Sequential:
-    """Decoder: features (N, 8 width, H, W) to images (N, C, 8 H, 8 W), for [-1, 1] but
-    unbounded."""
+def mirrored(channels: int, width: int, levels: int) -> nn.Sequential:
+    """Decoder: features of the encoder to images (N, C, H, W), for [-1, 1] but unbounded."""
+    blocks = ((1,), (2, 1), (4, 4, 4, 2), (4,))[:levels]
     layers: list[nn.Module] = []
-    before = 8 * width
-    for widths in ((4,), (4, 4, 4, 2), (2, 1), (1,)):
+    before = width * 2 ** (levels - 1)
+    for number, block in enumerate(reversed(blocks)):
+        widths = block if number else block[-1:]  # the encoder's last block is cut short
         layers += [nn.Upsample(scale_factor=2)] if layers else []
         for after in (times * width for times in widths):
             layers += [reflected(before, after), nn.ReLU()]
@@ -86,9 +88,10 @@ def reflected(before: int, after: int) -> nn.Conv2d:
 class Styler(nn.Module):
     """Images in the style of others."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, levels: int) -> None:
         super().__init__()
-        self.encoder, self.decoder = Encoder(width), mirrored(channels, width)
+        self.encoder = Encoder(width, levels)
+        self.decoder = mirrored(channels, width, levels)
 
     def forward(self, content_NCHW: Tensor, style_NCHW: Tensor, alpha: float = 1.0) -> Tensor:
         """Content images, of sides that are multiples of 8, in the style of others of any size, at
@@ -104,8 +107,13 @@ class StylerSizes(Network):
 
     width: int = VGG_WIDTH
     """Channels of the first layers; VGG19 has 64."""
+    levels: int = 4
+    """Blocks of layers: 4 end at relu4_1 and an eighth of the image's size, 3 at relu3_1 and a
+    quarter, which keeps more of the content and trains faster."""
 
     def build(self, images: ImageSpec) -> nn.Module:
+        if not 2 <= self.levels <= 4:
+            raise ValueError(f"--styler.levels {self.levels} is none of 2, 3 and 4")
         if images.resolution < LEAST:
             raise ValueError(
                 f"--data.resolution {images.resolution} is too small for the encoder, which "
@@ -116,4 +124,4 @@ class StylerSizes(Network):
                 f"--data.resolution {images.resolution} is no multiple of 8, by which the encoder "
                 f"reduces it"
             )
-        return Styler(images.channels, self.width)
+        return Styler(images.channels, self.width, self.levels)
