@@ -1,5 +1,6 @@
 """Recipes by name, from the command line, and to and from JSON."""
 
+import functools
 import hashlib
 import importlib
 import json
@@ -293,9 +294,25 @@ def may_change(path: str) -> bool:
     return path.startswith(tuple(MAY_CHANGE))
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """The settings that define a run, by dotted path, as plain values."""
-    return {path: _plain(v) for path, v in flatten(recipe).items() if not may_change(path)}
+def identity(recipe: Recipe, digests: dict[str, str] | None = None) -> dict[str, Any]:
+    """The settings that define a run, by dotted path, as plain values. Files count by their content
+    and may lie elsewhere: by `digests`, as a run has stored them, else by what is there now."""
+    settings = {path: v for path, v in flatten(recipe).items() if not may_change(path)}
+    known = file_digests(recipe) if digests is None else digests
+    return {path: known.get(path, _plain(v)) for path, v in settings.items()}
+
+
+def file_digests(recipe: Recipe) -> dict[str, str]:
+    """Of the files that define a run, as far as they are there, by the setting's dotted path."""
+    settings = flatten(recipe).items()
+    files = {path: v for path, v in settings if isinstance(v, Path) and not may_change(path)}
+    return {path: _file_digest(v, v.stat().st_mtime_ns) for path, v in files.items() if v.is_file()}
+
+
+@functools.cache
+def _file_digest(path: Path, _changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def _plain(value: Any) -> Any:
@@ -312,9 +329,12 @@ def run_name(recipe: Recipe) -> str:
     return f"seed{recipe.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def contradictions(recipe: Recipe, stored: Recipe) -> list[str]:
-    """One line for each setting that defines the run and differs from the stored run's."""
-    now, before = identity(recipe), identity(stored)
+def contradictions(
+    recipe: Recipe, stored: Recipe, digests: dict[str, str] | None = None
+) -> list[str]:
+    """One line for each setting that defines the run and differs from the stored run's. digests:
+    what the stored run says of its files."""
+    now, before = identity(recipe), identity(stored, digests)
     flags = dict(zip(flatten(recipe), flatten(recipe, flags=True), strict=True))
     return [
         f"--{flags[path]}: the run has {before.get(path)}, this command says {now[path]}"

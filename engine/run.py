@@ -18,7 +18,16 @@ from typing import Any
 import torch
 
 from engine.checkpoint import unused_name, write_synced
-from engine.recipe import Command, contradictions, digest, from_values, load, run_name, to_values
+from engine.recipe import (
+    Command,
+    contradictions,
+    digest,
+    file_digests,
+    from_values,
+    load,
+    run_name,
+    to_values,
+)
 from engine.settings import Recipe
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "tyro", "triton")
@@ -63,7 +72,7 @@ def check_same(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     if not (folder / "recipe.json").exists():
         return None
     _, stored, content = read_recipe(folder)
-    if lines := contradictions(recipe, stored):
+    if lines := contradictions(recipe, stored, content.get("files")):
         raise ValueError(
             f"{folder} was started with other settings:\n  "
             + "\n  ".join(lines)
@@ -78,6 +87,7 @@ def write_recipe(folder: Path, name: str, recipe: Recipe, resolved: dict[str, An
         "recipe": name,
         "values": to_values(recipe),
         "digest": digest(name),
+        "files": file_digests(recipe),
         "resolved": resolved,
         "provenance": provenance(resolved["device"]),
         "uses": recipe.step.uses(),

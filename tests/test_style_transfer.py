@@ -1,9 +1,11 @@
 """Style transfer: AdaIN's statistics, losses by hand, VGG19's layers, engine.translate --style."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,20 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import vgg as theirs
 
-from engine import evaluate, session, train, translate
+from engine import evaluate, session, stylise, train, translate
 from engine.checkpoint import listing
 from engine.compile import Compiler
 from engine.describe import parameters
 from engine.networks.adain import LEAST, Encoder, StylerSizes, adain
 from engine.networks.spec import ImageSpec
 from engine.networks.vgg import TappedVgg19, read_state
-from engine.recipe import load
+from engine.recipe import load, run_name
+from engine.run import check_same, write_recipe
 from engine.session import build_networks
 from engine.steps.stylising import content_N, style_N
 from engine.trained import open_run
 from pipelines.batch import Batch
 from pipelines.datasets import DatasetMissing, NoSplit, find
 from pipelines.settings import Data
+from pipelines.sources import Synthetic
 from tests.players import EPS, FP32, RANKS, pictures, steady
 from tests.runs import toy
 from tests.trained import refused_by, trained
@@ -199,9 +203,18 @@ def test_the_random_encoder_is_orthogonal_and_fixed():
             torch.testing.assert_close(gram, 2 * torch.eye(side).double(), atol=1e-5, rtol=0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    """Of each computed domain 64 images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Synthetic, "__len__", lambda self: min(self.count, 64))
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return trained(tmp_path_factory.mktemp("runs"), NAME, *toy(NAME)[1])
+    """Whose decoder has left the grey of its beginning."""
+    return trained(tmp_path_factory.mktemp("runs"), NAME, *toy(NAME)[1], "--styler.lr", "1e-2")
 
 
 @pytest.fixture
@@ -217,6 +230,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         noise = np.random.default_rng(len(name)).integers(0, 256, (*size[::-1], 4), np.uint8)
         Image.fromarray(noise).convert(mode).save(tmp_path / name)
+    Image.new("RGB", (5, 70), (255, 30, 0)).save(tmp_path / "style" / "y.png")
     return tmp_path
 
 
@@ -241,7 +255,7 @@ def test_any_image_is_drawn_in_any_style(run, folder, capsys):
     assert plain["a.png"] != one["a.png"]
 
 
-def test_wrong_commands_are_one_clear_error(run, folder, capsys, tmp_path_factory):
+def test_wrong_commands_are_one_clear_error(run, folder, capsys):
     image, style = folder / "in" / "a.png", folder / "style" / "x.png"
     out = ("--out", folder / "out")
     assert "give --style IMAGE" in refused(capsys, 2, run, image, *out)
@@ -264,10 +278,10 @@ def test_wrong_commands_are_one_clear_error(run, folder, capsys, tmp_path_factor
         capsys, 2, run, image, "--style", style, "--direction", "AtoB", *out
     )
     assert not (folder / "out").exists()
-    runs = tmp_path_factory.mktemp("other")
-    other = trained(runs, "srgan_x4", *toy("srgan_x4")[1])
-    said = refused(capsys, 2, other, image, "--style", style, *out)
-    assert "srgan_x4 takes no style: leave --style out" in said
+    other = SimpleNamespace(name="srgan_x4", recipe=load("srgan_x4"))
+    with pytest.raises(ValueError, match="srgan_x4 takes no style: leave --style out"):
+        stylise.check_model(other, {"x": style})
+    stylise.check_model(other, {})
 
 
 def test_held_out_figures_stand_beside_content_and_style_as_they_are(run, tmp_path):
@@ -285,11 +299,28 @@ def test_held_out_figures_stand_beside_content_and_style_as_they_are(run, tmp_pa
 
 
 def test_a_checkpoint_keeps_the_encoder(run):
-    """So that a run translates, and goes on, without the file of weights."""
+    """So that a run translates without the file of weights."""
     opened = open_run(run, device="cpu").networks["styler"].encoder.state_dict()
     fresh = build_networks(toy(NAME)[0])["styler"].encoder.state_dict()
     assert all(torch.equal(opened[name], fresh[name]) for name in fresh) and len(fresh) == 18
     assert listing(run / "checkpoints")
+
+
+def test_a_file_of_weights_counts_by_its_content(vgg_file, tmp_path):
+    """It may be moved; another one is another run."""
+    small = toy(NAME)[0]
+    given = replace(small, step=replace(small.step, vgg=vgg_file))
+    moved = tmp_path / "moved.pth"
+    shutil.copy(vgg_file, moved)
+    elsewhere = replace(small, step=replace(small.step, vgg=moved))
+    assert run_name(given) == run_name(elsewhere) != run_name(small)
+    write_recipe(tmp_path / "run", NAME, given, {"device": "cpu"})
+    assert check_same(tmp_path / "run", elsewhere)["recipe"] == NAME
+    moved.write_bytes(b"other weights")
+    other = replace(small, step=replace(small.step, vgg=moved.rename(tmp_path / "other.pth")))
+    for wrong in (other, small):
+        with pytest.raises(ValueError, match=r"--vgg: the run has sha256 [0-9a-f]{16}, this"):
+            check_same(tmp_path / "run", wrong)
 
 
 def test_content_and_style_folders(tmp_path):

@@ -38,7 +38,7 @@ class Stylising(Algorithm):
     """Weight of the distance of the features' means and standard deviations from the style's."""
     vgg: Path | None = None
     """VGG19's weights for the encoder: torchvision's file (.pth), or .safetensors; none takes
-    random ones. The run keeps them: it goes on, and translates, without the file."""
+    random ones. Checkpoints keep them: a run translates without the file."""
 
     def check(self) -> None:
         if self.style < 0:
