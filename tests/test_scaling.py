@@ -24,6 +24,7 @@ CHEAP = {
     "cyclegan_horse2zebra": f"{SMALL} --generators.width 8 --discriminators.width 8",
     "pix2pix_facades": f"{SMALL} --generator.width 8 --generator.depth 5",
     "srgan_x4": "--generator.blocks 2",
+    "style_transfer": f"{SMALL} --styler.width 8",
 }
 """What some recipes are cut down by, for the time's sake."""
 RUNS = [" ".join([name, *CHEAP.get(name, "").split()]) for name in recipe.names()]

@@ -9,6 +9,7 @@ HELD_OUT = (
     *("elbo", "nll", "reconstruction", "kl", "bits_per_dim", "psnr", "ssim", "lpips"),
     *("auroc", "auroc_pixels", "auroc_features", "score_normal", "score_anomaly"),
     *("accuracy", "nmi", "cycle_A", "cycle_B", "code_perplexity", "codes_in_use"),
+    *("content", "style"),
 )
 """Figures of `engine.metrics.held_out`, which have images of their own."""
 HELD_OUT_IMAGES = 10_000

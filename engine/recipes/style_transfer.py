@@ -4,6 +4,7 @@ Huang and Belongie 2017, https://arxiv.org/abs/1703.06868, section 6.1: images r
 of 256, batch 8, Adam 1e-4, 160,000 iterations as in the authors' code. They train on MS-COCO and
 80,000 paintings of WikiArt, with VGG19's weights, which --vgg gives.
 
+    python -m engine.train style_transfer
     python -m engine.train style_transfer --vgg vgg19-dcbb9e9d.pth
     python -m engine.train style_transfer --data.path FOLDER
     python -m engine.translate RUN_DIR INPUT... --style IMAGE --out DIR
