@@ -229,8 +229,13 @@ class Algorithm:
             found["sample"] = "python -m engine.sample RUN_DIR --caption 'TEXT'"
         elif kind.latent_dim is not Algorithm.latent_dim:
             found["sample"] = "python -m engine.sample RUN_DIR --num 64 --out grid.png"
-        if kind.translate is not Algorithm.translate:
-            found["translate"] = "python -m engine.translate RUN_DIR IMAGES... --out FOLDER"
+        for verb, more in (
+            ("translate", ""),
+            ("stylise", "--style IMAGE "),
+            ("repair", "--mask MASK "),
+        ):
+            if getattr(kind, verb) is not getattr(Algorithm, verb):
+                found[verb] = f"python -m engine.translate RUN_DIR IMAGES... {more}--out FOLDER"
         if kind.reconstruct is not Algorithm.reconstruct:
             found["reconstruct"] = "python -m engine.sample RUN_DIR --reconstruct"
         return found
@@ -269,7 +274,7 @@ class Algorithm:
         return ()
 
     def translation(self, data: Data) -> Translation:
-        """How `translate` takes images."""
+        """How `translate`, or `repair`, takes images."""
         raise ValueError("this recipe's model does not translate images")
 
     def translate(self, networks: "Networks", images_NCHW: Tensor, direction: Direction) -> Tensor:
@@ -282,6 +287,11 @@ class Algorithm:
         """Images in the style of others, (1 or N, C, any H, any W), float32 in [-1, 1]; alpha: how
         much so, from 0 to 1."""
         raise ValueError("this recipe's model takes no style")
+
+    def repair(self, networks: "Networks", images_NCHW: Tensor, hole_N1HW: Tensor) -> Tensor:
+        """Images, float32 in [-1, 1], whose holes (bool) are filled; elsewhere they stay as they
+        are. `translation` says how it takes them."""
+        raise ValueError("this recipe's model does not repair images")
 
     def columns(self, networks: "Networks", batch: "Batch") -> tuple[Tensor, ...]:
         """What stands side by side in a picture of what the model makes of held-out images: each

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.settings import Translation
 
@@ -25,6 +26,15 @@ def check_side(side: int | None, kind: Translation) -> None:
         raise ValueError(f"--tile {side} must not be negative")
     if side and kind.reach is None:
         raise ValueError("--tile is for models that look at a part of the image: leave it out")
+
+
+def padded(images_NCHW: Tensor, multiple: int) -> Tensor:
+    """With more below and on the right, by reflection where there is enough to reflect, so that
+    height and width are multiples of that."""
+    height, width = images_NCHW.shape[2:]
+    right, below = -width % multiple, -height % multiple
+    mode = "reflect" if right < width and below < height else "replicate"
+    return F.pad(images_NCHW, (0, right, 0, below), mode)
 
 
 def in_tiles(

@@ -1,14 +1,16 @@
-"""Translate or enlarge images by a run, or draw them in the style of another image:
+"""Translate, enlarge or repair images by a run, or draw them in the style of another image:
 python -m engine.translate RUN_DIR INPUT... --out DIR.
 
 Inputs are image files or folders of them, of any size, grey or colour; what is transparent is laid
 over white. They are padded by reflection to what the networks need, and the result is cut back;
 large ones are enlarged square by square. Each becomes DIR/NAME.png, marked as generated; with
-several images or folders of them for --style, DIR/NAME-STYLE.png.
+several images or folders of them for --style, DIR/NAME-STYLE.png. What a mask shows in white is
+repaired, and the rest stays as it is, also in 16-bit grey images.
 
     python -m engine.translate runs/cyclegan_horse2zebra/RUN horses/ --direction AtoB --out zebras/
     python -m engine.translate runs/srgan_x4/RUN photos/ --out large/
     python -m engine.translate runs/style_transfer/RUN photos/ --style picasso.jpg --out drawn/
+    python -m engine.translate runs/inpaint_celeba/RUN faces/ --mask masks/ --out repaired/
 """
 
 import sys
@@ -21,13 +23,13 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from torch.nn import functional as F
 
 from engine import pictures, stylise
 from engine.checkpoint import CheckpointError
+from engine.repair import masks_of, repaired, repairs
 from engine.run import RunError
 from engine.settings import DIRECTIONS, Algorithm, Direction, Translation
-from engine.tiles import check_side, in_tiles
+from engine.tiles import check_side, in_tiles, padded
 from engine.trained import Trained, open_run
 from engine.verb import exit_code, say, warn
 from engine.whole import check_place
@@ -50,6 +52,9 @@ class Command:
     direction: Direction | None = None
     """From which domain to which, where the model has two; default: the run's own, AtoB where it
     goes both ways."""
+    mask: Path | None = None
+    """For models that repair: an image of the inputs' size, white where to repair, or a folder of
+    such with the names of the inputs."""
     tile: int | None = None
     """Side of the squares in which large images are enlarged, in pixels of the input; 0 takes each
     image whole; default 256."""
@@ -107,20 +112,19 @@ def translated(
     side (see `in_tiles`)."""
     kind = trained.recipe.step.translation(trained.recipe.data)
     height, width = image_NCHW.shape[2:]
-    right, below = -width % kind.multiple, -height % kind.multiple
-    mode = "reflect" if right < width and below < height else "replicate"
-    padded_NCHW = F.pad(image_NCHW.to(trained.device), (0, right, 0, below), mode)
-    made_NCHW = in_tiles(make, padded_NCHW, kind, side)
+    given_NCHW = padded(image_NCHW.to(trained.device), kind.multiple)
+    made_NCHW = in_tiles(make, given_NCHW, kind, side)
     return made_NCHW[:, :, : kind.scale * height, : kind.scale * width]
 
 
 def kind_of(trained: Trained, command: Command) -> Translation:
     """How the model takes images. Raises ValueError where it takes none, or not as commanded."""
     step = trained.recipe.step
+    repairs(trained, command.mask)
     if type(step).translation is Algorithm.translation:
         raise ValueError(
             f"{trained.name} makes no images of images: take a run of cyclegan_horse2zebra, "
-            f"pix2pix_facades, srgan_x4 or style_transfer"
+            f"pix2pix_facades, srgan_x4, inpaint_celeba or style_transfer"
         )
     kind = step.translation(trained.recipe.data)
     check_side(command.tile, kind)
@@ -143,6 +147,8 @@ def makers(
 
 def how(command: Command, kind: Translation, styles: dict[str, Path]) -> str:
     """What is done, in words."""
+    if command.mask:
+        return f"repairing what {command.mask} shows"
     if styles:
         return f"in the style of {', '.join(styles)}"
     if kind.directions:
@@ -154,9 +160,10 @@ def run_command(command: Command) -> None:
     """Check, load, translate, write. Raises ValueError for a wrong command, FAILURES otherwise."""
     files = files_of(command.inputs)
     styles = files_of(command.style) if command.style else {}
+    masks = masks_of(command.mask, files) if command.mask else {}
     stylise.check_flags(styles, command.alpha)
     wanted = stylise.targets(list(files), list(styles or [""]))
-    given = {path.resolve() for path in (*files.values(), *styles.values())}
+    given = {path.resolve() for part in (files, styles, masks) for path in part.values()}
     for *_, name in wanted:
         place = command.out / f"{name}.png"
         if place.resolve() in given:
@@ -169,11 +176,17 @@ def run_command(command: Command) -> None:
     stylise.check_model(trained, styles)
     makes = makers(trained, command, kind, styles)
     say(f"{trained.name} at {trained.images:,} images, {how(command, kind, styles)}")
+    origin = trained.origin(0, composite=bool(masks))
     for given_name, style, name in wanted:
-        image_NCHW = read(files[given_name], trained.channels)
-        made_NCHW = translated(trained, image_NCHW, makes[style], command.tile)
-        picture = pictures.grid(made_NCHW, pad=0, least=0)
-        pictures.save(picture, command.out / f"{name}.png", trained.origin(0))
+        path = files[given_name]
+        if masks:
+            picture = repaired(trained, path, masks[given_name])
+        else:
+            made_NCHW = translated(
+                trained, read(path, trained.channels), makes[style], command.tile
+            )
+            picture = pictures.grid(made_NCHW, pad=0, least=0)
+        pictures.save(picture, command.out / f"{name}.png", origin)
     say(f"wrote {len(wanted):,} images to {command.out}")
 
 
