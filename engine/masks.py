@@ -30,6 +30,8 @@ BRUSH = 12 / 256, 40 / 256
 """Least and largest width of a brush, of the image's shorter side."""
 THINNEST = 1.5
 """Width of a brush in pixels, at least: it covers the middle of one, wherever it is."""
+TINY = 1e-3
+"""Pixels: a shorter line is a place."""
 RADIUS = 1 / 8
 """Mean length of a line, of the image's diagonal; the deviation is half of that."""
 BOX = 96 / 256, 128 / 256
@@ -75,7 +77,7 @@ def strokes(uniform_N: Tensor, normal_NL: Tensor, size: tuple[int, int]) -> Tens
     number_S = torch.arange(STROKES, device=uniform_N.device)
     lines_NS = torch.where(number_S < count_N1, lines_NS, 0)
     brush_NS = (BRUSH[0] + stroke_NS6[..., 1] * (BRUSH[1] - BRUSH[0])) * min(size)
-    radius_NS11 = (brush_NS.clamp(min=THINNEST) / 2)[..., None, None]
+    radius_NS = brush_NS.clamp(min=THINNEST) / 2
 
     least_NS1 = (ANGLE - stroke_NS6[..., 2] * TURN)[..., None]
     largest_NS1 = (ANGLE + stroke_NS6[..., 3] * TURN)[..., None]
@@ -92,7 +94,8 @@ def strokes(uniform_N: Tensor, normal_NL: Tensor, size: tuple[int, int]) -> Tens
         next_x_NS = (x_NS + length_NSL[..., i] * turned_NS.cos()).clamp(0, width)
         next_y_NS = (y_NS + length_NSL[..., i] * turned_NS.sin()).clamp(0, height)
         apart = squared_distance(x_W, y_H1, (x_NS, y_NS), (next_x_NS, next_y_NS))
-        hole_NSHW |= (apart <= radius_NS11.square()) & (i < lines_NS)[..., None, None]
+        reach_NS = torch.where(i < lines_NS, radius_NS.square(), -1.0)
+        hole_NSHW |= apart <= reach_NS[..., None, None]
         x_NS, y_NS = next_x_NS, next_y_NS
     return _mirrored(hole_NSHW.any(1), uniform_N[:, _MIRROR] < 0.5)
 
@@ -102,10 +105,14 @@ def squared_distance(
 ) -> Tensor:
     """Of each pixel from the line between two places (x, y), (N, S) each: (N, S, H, W)."""
     (x, y), (end_x, end_y) = ([v[..., None, None] for v in place] for place in (start, end))
-    across, along = end_x - x, end_y - y
-    squared = (across.square() + along.square()).clamp(min=1e-6)
-    share = (((x_W - x) * across + (y_H1 - y) * along) / squared).clamp(0, 1)
-    return (x_W - x - share * across).square() + (y_H1 - y - share * along).square()
+    long = torch.hypot(end_x - x, end_y - y)
+    is_line = long > TINY
+    right = torch.where(is_line, (end_x - x) / long.clamp(min=TINY), 1.0)
+    down = torch.where(is_line, (end_y - y) / long.clamp(min=TINY), 0.0)
+    from_x, from_y = x_W - (x + end_x) / 2, y_H1 - (y + end_y) / 2  # its middle
+    beyond = (from_x * right + from_y * down).abs_().sub_(long / 2).relu_()
+    beside = from_x * down - from_y * right
+    return beyond.square_().add_(beside.square_())
 
 
 def _by_stroke(uniform_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ class Repairer(nn.Module):
 
 
 def init(module: nn.Module) -> None:
-    """Weights of Glorot and Bengio 2010, biases 0: TensorFlow's defaults, as in the authors' code."""
+    """Weights of Glorot and Bengio 2010, biases 0: TensorFlow's defaults, as the authors have."""
     if isinstance(module, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
