@@ -22,6 +22,7 @@ from pipelines.batch import Batch
 from pipelines.sources import Synthetic
 from tests.players import EPS, FP32, RANKS, pictures, steady
 from tests.runs import toy
+from tests.test_capture import Guard
 from tests.trained import trained
 
 COLOUR = ImageSpec(3, 128)
@@ -207,3 +208,16 @@ def test_wrong_settings():
             replace(step, **{name: -1}).check()
     with pytest.raises(ValueError, match="no multiple of 4"):
         inpaint.Generator().build(ImageSpec(3, 30))
+
+
+def test_an_iteration_keeps_the_capture_contract(monkeypatch):
+    """Draws as on a GPU: no value is read back or brought in, no shape depends on data."""
+    monkeypatch.setattr(philox, "by_numpy", lambda index_N: False)
+    recipe = toy("inpaint_celeba", 4)[0]
+    live = session.start(recipe, RANKS, FP32, Compiler(False, "test"), 100)
+    images = pictures(4, recipe.data.resolution, 1)
+    batches = [Batch(images, None, live.clock.position_N()) for _ in range(2)]
+    live.step(batches[0])
+    with Guard() as guard:
+        live.step(batches[1])
+    assert "where" in {name.partition(".")[0] for name in guard.seen}

@@ -21,6 +21,7 @@ SYNCHRONISED = "dcgan_celeba --sync-bn on"
 ACCUMULATED = "dcgan_digits --accumulate 2"
 SMALL = "--data.resolution 32 --data.load 32"
 CHEAP = {
+    "inpaint_celeba": "--data.resolution 32 --generator.width 8 --discriminator.width 8",
     "cyclegan_horse2zebra": f"{SMALL} --generators.width 8 --discriminators.width 8",
     "pix2pix_facades": f"{SMALL} --generator.width 8 --generator.depth 5",
     "srgan_x4": "--generator.blocks 2",
