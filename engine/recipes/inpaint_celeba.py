@@ -8,7 +8,9 @@ Liu et al. 2018, https://arxiv.org/abs/1804.07723.
     python -m engine.train inpaint_celeba --data.name folder --data.path SCANS --data.channels 1
     python -m engine.translate RUN_DIR INPUT... --mask MASK --out DIR
 
-Not yet trained to its end.
+Measured, small and short (flags in README): PSNR 25.42 after 20,000 images at 32x32, where holes in
+the mean colour have 20.92 and those filled from their surroundings 25.13; not yet trained to its
+end, nor at 128x128.
 """
 
 from engine.networks import inpaint
