@@ -28,9 +28,9 @@ WHITE = 128
 SIXTEEN = 65535
 
 
-def repairs(trained: Trained, mask: Path | None) -> bool:
-    """Whether the model repairs by masks. Raises ValueError where it wants one and none is given,
-    or the other way round."""
+def check_mask(trained: Trained, mask: Path | None) -> None:
+    """Raise ValueError where the model repairs by a mask and none is given, or the other way
+    round."""
     masked = type(trained.recipe.step).repair is not Algorithm.repair
     if masked and mask is None:
         raise ValueError(
@@ -42,7 +42,6 @@ def repairs(trained: Trained, mask: Path | None) -> bool:
             f"--mask is for models that repair images, such as inpaint_celeba: leave it out for "
             f"{trained.name}"
         )
-    return masked
 
 
 def masks_of(mask: Path, files: dict[str, Path]) -> dict[str, Path]:

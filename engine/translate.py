@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine import pictures, stylise
 from engine.checkpoint import CheckpointError
-from engine.repair import masks_of, repaired, repairs
+from engine.repair import check_mask, masks_of, repaired
 from engine.run import RunError
 from engine.settings import DIRECTIONS, Algorithm, Direction, Translation
 from engine.tiles import check_side, in_tiles, padded
@@ -120,7 +120,7 @@ def translated(
 def kind_of(trained: Trained, command: Command) -> Translation:
     """How the model takes images. Raises ValueError where it takes none, or not as commanded."""
     step = trained.recipe.step
-    repairs(trained, command.mask)
+    check_mask(trained, command.mask)
     if type(step).translation is Algorithm.translation:
         raise ValueError(
             f"{trained.name} makes no images of images: take a run of cyclegan_horse2zebra, "

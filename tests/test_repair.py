@@ -194,9 +194,9 @@ def test_bad_commands(run, grey_run, mask, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["srgan_x4", "cyclegan_horse2zebra", "dcgan_digits"])
 def test_a_mask_is_for_models_that_repair(name):
     other = SimpleNamespace(name=name, recipe=load(name))
-    assert not repair.repairs(other, None)
+    repair.check_mask(other, None)
     with pytest.raises(ValueError, match=f"--mask is for models that repair .* {name}"):
-        repair.repairs(other, Path("mask.png"))
+        repair.check_mask(other, Path("mask.png"))
 
 
 def test_a_network_that_makes_no_numbers_is_named(run, mask, tmp_path, monkeypatch, capsys):
