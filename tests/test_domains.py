@@ -165,7 +165,7 @@ def test_sixteen_bit_scans_are_windowed(tmp_path):
 
 @needs_real_data
 @pytest.mark.parametrize("kind", ["torchvision", "dali", "ffcv"])
-@pytest.mark.parametrize("name", ["horse2zebra", "facades", "birds"])
+@pytest.mark.parametrize("name", ["horse2zebra", "style_transfer", "facades", "birds"])
 def test_real_sets_through_all_pipelines(name, kind, tmp_path):
     if not (Path(REAL) / name).is_dir():
         pytest.skip(f"{name} is not in SADDLE_DATA={REAL}")
