@@ -18,6 +18,7 @@ from engine.networks.spec import Network
 from engine.recipe import flatten, load
 from engine.settings import Adam, Recipe
 from engine.stored import Loaded
+from pipelines.captions import LENGTH
 from pipelines.finish import smaller
 from pipelines.missing import COMPUTED
 
@@ -161,6 +162,15 @@ def pair_of(recipe: Recipe, images_NCHW: torch.Tensor) -> torch.Tensor:
     """What a pipeline might hand out with images."""
     scale = recipe.data.scale
     return smaller(images_NCHW, scale) if scale else -images_NCHW.flip(0)
+
+
+def captions_of(recipe: Recipe, images: int) -> tuple[torch.Tensor, ...]:
+    """A caption of each image and their lengths, where the recipe's model reads them."""
+    if not recipe.step.reads_captions():
+        return ()
+    noise = torch.Generator().manual_seed(0)
+    lengths_N = torch.randint(1, LENGTH + 1, (images,), generator=noise)
+    return torch.randint(0, 9, (images, LENGTH), generator=noise), lengths_N
 
 
 def _shrink(settings):

@@ -18,7 +18,7 @@ from engine.settings import Algorithm, PlayerSettings, Recipe
 from engine.world import Ranks
 from pipelines.batch import Batch
 from pipelines.settings import Data
-from tests.runs import pair_of, toy
+from tests.runs import captions_of, pair_of, toy
 
 CPU = torch.device("cpu")
 IMAGE, HIDDEN = 3 * 8 * 8, 50
@@ -81,7 +81,8 @@ def real(recipe: Recipe, classes: int = 0):
     data = recipe.data
     images = torch.randn(data.batch, data.channels, data.resolution, data.resolution)
     labels = torch.zeros(data.batch, dtype=torch.int64)
-    return session, Batch(images, labels, torch.arange(data.batch), pair_of(recipe, images))
+    given = pair_of(recipe, images), *captions_of(recipe, data.batch)
+    return session, Batch(images, labels, torch.arange(data.batch), *given)
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -17,6 +17,7 @@ from pipelines.batch import Batch
 from tests.forked import Run, train
 from tests.runs import (
     QUICK,
+    captions_of,
     differences,
     final_state,
     kill_once_at,
@@ -70,7 +71,8 @@ def test_every_parameter_gets_a_finite_gradient(name):
     for iteration in small.step.kinds():
         live.clock.seek(iteration * BATCH)
         labels, position_N = torch.zeros(BATCH, dtype=torch.int64), live.clock.position_N()
-        live.step(Batch(images, labels, position_N, pair_of(small, images)))
+        given = pair_of(small, images), *captions_of(small, BATCH)
+        live.step(Batch(images, labels, position_N, *given))
     for player in live.players.values():
         for path, parameter in player.network.named_parameters():
             where = f"{player.name} {path}"

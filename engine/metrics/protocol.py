@@ -10,6 +10,8 @@ HELD_OUT = (
     *("auroc", "auroc_pixels", "auroc_features", "score_normal", "score_anomaly"),
     *("accuracy", "nmi", "cycle_A", "cycle_B", "code_perplexity", "codes_in_use"),
     *("content", "style"),
+    *("code_bits", "code_bits_frequencies", "code_bits_uniform"),
+    *("word_bits", "word_bits_frequencies"),
 )
 """Figures of `engine.metrics.held_out`, which have images of their own."""
 HELD_OUT_IMAGES = 10_000

@@ -3,8 +3,8 @@
 Ramesh et al. 2021, "Zero-shot text-to-image generation", https://arxiv.org/abs/2102.12092, section
 2.2 and appendix B: one stream of text and image tokens, each place of which sees itself and those
 before it; every place of the text that has no word has a padding token of its own; codes have an
-embedding of their row and one of their column. Here all layers attend to all of these, and a learned
-vector stands before the first word, which is predicted from it.
+embedding of their row and one of their column. Here all layers attend to all of these, and a
+learned vector stands before the first word, which is predicted from it.
 
 Layers are normalised at their beginning and weights are begun as in Radford et al. 2019, "Language
 models are unsupervised multitask learners", section 2.3.
@@ -178,8 +178,9 @@ class TextAndCodes(Network):
     """Entries of the codebook (K), those of the autoencoder."""
     halvings: int = 2
     """Of the image to the map of codes, those of the autoencoder."""
-    words: int = 0
-    """Different words of the captions; the data says."""
+    words: int = 5450
+    """Different words of the captions that there is room for, their end included: 5,450 are those
+    of CUB-200-2011."""
 
     def build(self, images: ImageSpec) -> nn.Module:
         if self.width % self.heads:
