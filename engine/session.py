@@ -98,7 +98,9 @@ def start(
     key = philox.make_key(recipe.seed, device=ranks.device)
     players: dict[str, Player] = {}
     settings: dict[str, PlayerSettings] = recipe.step.players()
-    for name, network in build_networks(recipe, classes).items():
+    networks = build_networks(recipe, classes)
+    recipe.step.begin(networks)
+    for name, network in networks.items():
         if dispatch.choose("batchnorm_leaky_relu", ranks.device).fused:
             network = fuse(network)
         if choose_sync_bn(recipe, ranks.world_size)[0]:

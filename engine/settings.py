@@ -171,6 +171,10 @@ class Algorithm:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: v for name, v in values.items() if isinstance(v, PlayerSettings)}
 
+    def begin(self, networks: "Networks") -> None:
+        """Give fresh networks of a run, still on the host, those weights for which a setting names
+        a source. Raises ValueError naming it."""
+
     def start(self, players: "dict[str, Player]", key: Tensor) -> "Callable[[Batch], Values]":
         """The step of a run: a callable that performs one iteration on a batch and returns named
         0-d device tensors. `key` is the run's noise key (see `kernels.philox`)."""

@@ -1,6 +1,7 @@
 """DALL-E's step: its loss and figures by hand, its two phases, what it draws of captions."""
 
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -279,6 +280,30 @@ def test_a_run_is_evaluated_on_held_out_captions(whole_run, tmp_path, capsys):
 def test_what_cannot_be_trained_is_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         check(parse(NAME, flags).recipe, 1)
+
+
+def test_an_autoencoder_of_another_run_is_taken(tmp_path, capsys):
+    """As it is, into this run's checkpoint, which then needs the other run no more."""
+    runs = ["--runs", str(tmp_path)]
+    common = [*toy("vqvae_birds", 8)[1], *QUICK, "--precision", "fp32", "--compile", "off"]
+    train("vqvae_birds", *common, "--data.resolution", "32", "--steps", "1", *runs)
+    vqvae = run_folder(tmp_path, "vqvae_birds")
+    train(NAME, *SMALL, "--vqvae", str(vqvae), "--steps", "2", *runs)
+    run = run_folder(tmp_path, NAME)
+    other, own = final_state(vqvae), final_state(run)
+    paths = [path for path in other if "autoencoder/network" in path]
+    assert paths and all(torch.equal(own[path], other[path]) for path in paths)
+    with pytest.raises(SystemExit) as end:
+        main([NAME, *SMALL, "--vqvae", str(vqvae), "--autoencoder.width", "16", *runs])
+    assert end.value.code == 2
+    assert "is another autoencoder, VectorQuantised(width=32" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main([NAME, *SMALL, "--vqvae", str(run.parent), *runs])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "is not a run directory" in error and "engine.train vqvae_birds trains one" in error
+    shutil.rmtree(vqvae)
+    drawn(run, tmp_path / "caption.png")
 
 
 @pytest.mark.parametrize(

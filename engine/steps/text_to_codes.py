@@ -17,15 +17,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.codebook import perplexity
+from engine.networks.vqvae import Autoencoder
 from engine.player import Player
 from engine.settings import Networks, PlayerSettings, Values
 from engine.steps.quantised import Quantised
+from engine.trained import open_run
+from engine.verb import warn
 from kernels import philox
 from pipelines.batch import Batch
 
@@ -40,6 +44,9 @@ class TextToCodes(Quantised):
     transformer: PlayerSettings
     vqvae_steps: int = 20_000
     """Iterations in which the autoencoder learns; in all that follow the transformer does."""
+    vqvae: Path | None = None
+    """Run directory of an autoencoder that was trained before (vqvae_birds), which then does not
+    learn here; needed to begin and to go on, not to sample."""
     text: float = 1 / 8
     """Weight of the words in the transformer's loss; the codes have the rest of 1."""
     latent: int = 256
@@ -71,17 +78,23 @@ class TextToCodes(Quantised):
             raise ValueError("--temperature must be above 0, and --top not negative")
 
     def notes(self) -> tuple[str, ...]:
+        if self.vqvae:
+            return (f"autoencoder: that of {self.vqvae}; the transformer learns on its codes",)
         return (
             f"autoencoder learns for {self.vqvae_steps:,} iterations, then the transformer on its "
             f"codes",
         )
 
+    def begin(self, networks: Networks) -> None:
+        if self.vqvae:
+            take_autoencoder(self.vqvae, networks["autoencoder"])
+
     def kinds(self) -> tuple[int, ...]:
-        return 0, self.vqvae_steps
+        return tuple(sorted({0, self.settles()}))
 
     def settles(self) -> int:
         """From when on the transformer learns; costs are told of that."""
-        return self.vqvae_steps
+        return 0 if self.vqvae else self.vqvae_steps
 
     def reduced(self) -> int:
         """Of the phase that costs are told of, in which the codebook rests."""
@@ -148,12 +161,37 @@ class TextToCodes(Quantised):
             )
 
         def step(batch: Batch) -> Values:
-            if transformer.clock.iteration < self.vqvae_steps:
+            if transformer.clock.iteration < self.settles():
                 return learn_codes(batch)
             code_NM = autoencoder.infer(codes_of, batch.images_NCHW)
             return transformer.update(loss, batch.tokens_NL, batch.lengths_N, code_NM)
 
         return step
+
+
+def take_autoencoder(run: Path, network: nn.Module) -> None:
+    """Give the network the weights of a run's newest whole checkpoint. Raises ValueError naming the
+    flag where it is no such run, and what opening a run raises."""
+    remedy = "python -m engine.train vqvae_birds trains one, and without --vqvae this run does"
+    try:
+        trained = open_run(run, device="cpu", warn=warn)
+    except ValueError as error:
+        raise ValueError(f"--vqvae {run}: {error}; {remedy}") from error
+    found = trained.networks.get("autoencoder")
+    if not isinstance(found, Autoencoder):
+        raise ValueError(f"--vqvae {run}: {trained.name} has no codebook; {remedy}")
+    if shapes(found) != shapes(network):
+        sizes = trained.recipe.step.autoencoder.network
+        raise ValueError(
+            f"--vqvae {run} is another autoencoder, {sizes} for {trained.channels} channels: give "
+            f"these sizes as --autoencoder.* and --transformer.*, and --data.channels"
+        )
+    network.load_state_dict(found.state_dict())
+
+
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    """Of what the network keeps, by name."""
+    return {path: value.shape for path, value in network.state_dict().items()}
 
 
 def codes_of(autoencoder: nn.Module, images_NCHW: Tensor) -> Tensor:
