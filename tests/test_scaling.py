@@ -23,6 +23,7 @@ SMALL = "--data.resolution 32 --data.load 32"
 CHEAP = {
     "inpaint_celeba": "--data.resolution 32 --generator.width 8 --discriminator.width 8",
     "cyclegan_horse2zebra": f"{SMALL} --generators.width 8 --discriminators.width 8",
+    "dalle_birds": "--autoencoder.width 32 --transformer.depth 2",
     "pix2pix_facades": f"{SMALL} --generator.width 8 --generator.depth 5",
     "srgan_x4": "--generator.blocks 2",
     "style_transfer": f"{SMALL} --styler.width 8",

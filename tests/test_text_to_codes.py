@@ -1,5 +1,6 @@
 """DALL-E's step: its loss and figures by hand, its two phases, what it draws of captions."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine import checkpoint, evaluate, sample
+from engine import checkpoint, sample
+from engine.metrics.open import open_evaluator
 from engine.networks.dalle import WORDS, TextAndCodes
 from engine.networks.spec import ImageSpec
 from engine.recipe import check, load, parse
@@ -21,7 +23,7 @@ from engine.stored import Loaded
 from engine.train import main
 from pipelines.batch import Batch
 from tests.forked import Run, train
-from tests.players import pictures
+from tests.players import RANKS, pictures
 from tests.runs import (
     QUICK,
     captions_of,
@@ -257,11 +259,16 @@ def test_what_cannot_be_drawn_is_refused(whole_run, tmp_path, capsys, flags, wor
     assert words in capsys.readouterr().err
 
 
-def test_a_run_is_evaluated_on_held_out_captions(whole_run, tmp_path, capsys):
-    assert evaluate.main([str(whole_run), "--json", str(tmp_path / "figures.json")]) == 0
-    printed = capsys.readouterr().out
-    for figure in ("code_bits", "code_bits_frequencies", "word_bits", "psnr_thumbnail"):
-        assert figure in printed
+def test_a_run_is_measured_on_held_out_captions(whole_run, monkeypatch):
+    lines = [json.loads(line) for line in (whole_run / "stats.jsonl").read_text().splitlines()]
+    last = {k: v for line in lines for k, v in line.get("values", {}).items()}
+    uniform, words = math.log2(64), math.log2(681 + WORDS)
+    assert last["test/code_bits_uniform"] == uniform
+    assert last["test/code_bits_frequencies"] < uniform < last["test/code_bits"] + 0.2
+    # each caption has 18 places, of which 4 or 5 are words and the end
+    assert last["test/word_bits"] == pytest.approx(words * WORDS / 5, rel=0.1)
+    monkeypatch.setattr("engine.metrics.open.ComparedEvaluator", lambda *given: "of held-out ones")
+    assert open_evaluator(toy(NAME)[0], RANKS, print) == "of held-out ones"
 
 
 @pytest.mark.parametrize(
