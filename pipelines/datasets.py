@@ -45,9 +45,10 @@ PLACES = {
 NEEDS_PATH = ("folder", "unpaired", "pairs")
 COMPUTED = ("synthetic", "synthetic_unpaired", "synthetic_pairs", "synthetic_captions")
 HUES = (
-    *("red", "orange", "yellow", "lime", "green"),
-    *("teal", "blue", "violet", "purple", "pink"),
+    *("red", "pink", "purple", "violet", "blue"),
+    *("teal", "green", "lime", "yellow", "orange"),
 )
+"""What the colours of the computed images are called, class by class."""
 NAMES = ("digits", *DOWNLOADS, "lsun", "birds", "folder", *PLACES, *COMPUTED)
 
 

@@ -1,5 +1,6 @@
 """Birds with captions: lists, boxes, tokens by hand, pickles that are not to be trusted."""
 
+import colorsys
 import os
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 
 from pipelines import captions
 from pipelines.birds import BirdSet, open_birds, read_pickle, square
+from pipelines.datasets import find
 from pipelines.images import BadImage, Fit
 from pipelines.missing import DatasetMissing, NoSplit
 from pipelines.settings import Data
@@ -294,3 +296,18 @@ def test_real_birds():
         length = int(train.captions.lengths_NK[0, 0])
         shown = [words[i] for i in train.captions.tokens_NKL[0, 0, :length]]
         assert shown == captions.tokens(line)[:length]
+
+
+def test_computed_captions_name_the_colours():
+    """By their hue in degrees, in [0, 360)."""
+    degrees = {"red": 0, "orange": 35, "yellow": 70, "lime": 105, "green": 145, "teal": 180}
+    degrees |= {"blue": 215, "violet": 255, "purple": 285, "pink": 325}
+    dataset = find(Data(name="synthetic_captions", resolution=16, channels=3))
+    told = dataset.captions
+    for row in range(10):
+        pixels_HWC = dataset.decode(row).astype(int)
+        vivid = np.unravel_index((pixels_HWC.max(2) - pixels_HWC.min(2)).argmax(), (16, 16))
+        hue = 360 * colorsys.rgb_to_hsv(*pixels_HWC[vivid] / 255)[0]
+        numbers = told.tokens_NKL[row, 0, : told.lengths_NK[row, 0]]
+        (word,) = {told.words[number] for number in numbers} & degrees.keys()
+        assert abs((hue - degrees[word] + 180) % 360 - 180) < 10, (word, hue)
