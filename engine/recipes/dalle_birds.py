@@ -7,6 +7,11 @@ autoencoder is that of vqvae_birds and not a discrete VAE.
 
     python -m engine.train dalle_birds
     python -m engine.sample RUN_DIR --caption "a small red bird with black wings"
+
+Measured, short and small (the flags are in the README) on a subset of 191 birds and 64 held-out
+ones of other species: 6.61 bits a code, where the codes' own frequencies have 7.67 and an untrained
+model 8.01; 4.56 bits a word against 5.74. On so few images the caption gains a hundredth of a bit,
+and samples are shapes in bird-like colours. Not yet trained to its end.
 """
 
 from engine.networks import dalle, vqvae
