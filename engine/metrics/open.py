@@ -14,8 +14,8 @@ Measuring = Evaluator | TranslationEvaluator | ComparedEvaluator
 def open_evaluator(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> Measuring:
     """That of generated images for a family that makes them from latent vectors alone; that of
     translated ones for a family that goes between two domains; else that of held-out images, by
-    what each is to be equal to or by the family's own figures. Raises ValueError naming a setting, and what
-    finding and decoding a dataset raise."""
+    what each is to be equal to or by the family's own figures. Raises ValueError naming a setting,
+    and what finding and decoding a dataset raise."""
     kind = type(recipe.step)
     if kind.sampler is not Algorithm.sampler:
         return Evaluator(recipe, ranks, say)
