@@ -23,6 +23,7 @@ MAY_CHANGE = (
     *(f"{part}." for part in ("length", "outputs", "metrics")),
     *(f"data.{name}" for name in ("root", "path", "cache", "workers", "download", "on_error")),
     *("device", "on_nan", "parallel", "batch_per_rank", "hang_after"),
+    "step.damsm",  # its content is pinned by step.encoders_digest
 )
 
 
@@ -146,20 +147,21 @@ def check_classes(recipe: Recipe, classes: int) -> None:
             )
 
 
-def check_captions(recipe: Recipe, words: int) -> None:
-    """Raise ValueError where a model is to read captions of a dataset that has none, or too many
-    different words; `words` is the size of their vocabulary."""
+def check_captions(recipe: Recipe, words: tuple[str, ...]) -> None:
+    """Raise ValueError where a model is to read captions of a dataset that has none, too many
+    different words, or others than it was given; `words` is their vocabulary."""
     if recipe.step.reads_captions() and not words:
         raise ValueError(
             f"data.name={recipe.data.name} has no captions, which this model reads: take birds, or "
             f"a folder of .tar shards with a .txt beside each image"
         )
     for name, player in recipe.step.players().items():
-        if 0 < player.network.words < words:
+        if 0 < player.network.words < len(words):
             raise ValueError(
-                f"--{name}.words {player.network.words}: the captions have {words:,} different "
-                f"words, the end included; give that"
+                f"--{name}.words {player.network.words}: the captions have {len(words):,} "
+                f"different words, the end included; give that"
             )
+    recipe.step.check_words(words)
 
 
 def _check_batch_per_rank(recipe: Recipe, world_size: int) -> None:

@@ -202,12 +202,25 @@ class Algorithm:
         """Bytes of each image that its rank gives to all others in an iteration."""
         return 0
 
+    def talks(self) -> bool:
+        """Whether a loss function itself takes something of other ranks; where there are several,
+        such a one is not compiled."""
+        return False
+
     def second_order(self) -> bool:
         """Whether a loss holds a gradient of a network (a penalty)."""
         return False
 
+    def settled(self) -> "Algorithm":
+        """The same with what a file or a run that its settings name says of sizes and content.
+        Raises ValueError naming the flag."""
+        return self
+
     def check(self) -> None:
         """Raise ValueError, naming flag and remedy, for values that cannot be trained with."""
+
+    def check_words(self, words: tuple[str, ...]) -> None:
+        """Raise ValueError, naming flag and remedy, for a vocabulary that is not the right one."""
 
     def classes(self) -> int:
         """Classes that the sampler is given: by the largest of the last so many numbers of the

@@ -18,7 +18,9 @@ normalization", figure 1: the error rises from 16 images down)."""
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """The recipe with its way of sharing, where that is to be chosen."""
+    """The recipe with its way of sharing, where that is to be chosen, and with what its settings
+    point at (`Algorithm.settled`). Raises ValueError."""
+    recipe = replace(recipe, step=recipe.step.settled())
     if recipe.parallel != "auto":
         return recipe
     return replace(recipe, parallel=accelerate_way() or "ddp")
@@ -57,6 +59,8 @@ def compile_obstacle(recipe: Recipe, world_size: int) -> str:
     """Why a recipe cannot be compiled on so many ranks; empty if it can."""
     if choose_sync_bn(recipe, world_size)[0]:
         return "synchronised BatchNorm communicates inside the forward pass"
+    if recipe.step.talks() and world_size > 1:
+        return "the loss is of the images of all ranks, which communicate inside the forward pass"
     if recipe.parallel == "deepspeed-zero3" and world_size > 1:
         return "ZeRO-3 gathers parameters inside the forward pass"
     return ""

@@ -90,15 +90,15 @@ def train_with_rollbacks(t: Training) -> bool:
 
 def run_command(command: recipes.Command, name: str) -> int:
     """Check, start, train and finish; exit code. Prints one message for what goes wrong."""
-    command = replace(command, recipe=sharing.settled(command.recipe))
     try:
+        command = replace(command, recipe=sharing.settled(command.recipe))
         recipes.check(command.recipe, environment()[2])
         device = choose_device(command.recipe.device)
         precision = choose_precision(command.recipe.precision, device)
         sharing.check(command.recipe, precision, environment()[2])
         dataset = find_dataset(command.recipe.data)
         recipes.check_classes(command.recipe, len(dataset.classes))
-        recipes.check_captions(command.recipe, len(dataset.words))
+        recipes.check_captions(command.recipe, dataset.words)
         cost = describe.cost(command.recipe, len(dataset.classes))
         if command.dry_run:
             dry_run(command.recipe, name, device, dataset, cost)

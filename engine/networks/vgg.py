@@ -10,9 +10,10 @@ Shapes: N batch, C channels, H height, W width.
 
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from engine.networks.weights import read
 
 Blocks = tuple[tuple[int, int], ...]
 BLOCKS: Blocks = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # channels, convolutions
@@ -80,24 +81,4 @@ def read_vgg(path: Path, device: torch.device) -> Vgg19:
 def read_state(path: Path, network: Vgg19) -> dict[str, Tensor]:
     """A file's weights of the layers that the network has, on the host. Raises ValueError naming
     the flag where the file is another's."""
-    if not path.is_file():
-        raise ValueError(f"--vgg {path}: there is no such file")
-    wanted, state = network.state_dict(), _state(path)
-    for name, tensor in wanted.items():
-        found = state.get(name) if isinstance(state, dict) else None
-        if not isinstance(found, Tensor) or found.shape != tensor.shape:
-            has = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "missing"
-            raise ValueError(f"--vgg {path} is not VGG19's ({name} is {has}): {EXPECTED}")
-    return {name: state[name] for name in wanted}
-
-
-def _state(path: Path) -> object:
-    """What a file holds; nothing in it is ever run."""
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # whatever a foreign file makes the readers raise, a KeyError too
-        raise ValueError(f"--vgg {path} holds no state dict: {EXPECTED}") from None
+    return read(network, path, "--vgg", "VGG19's", EXPECTED)
