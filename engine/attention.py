@@ -23,7 +23,10 @@ def layer_of(network: nn.Module) -> Attention:
     """Its attention layer. Raises ValueError for a network without one."""
     found = [m for m in network.modules() if isinstance(m, Attention)]
     if not found:
-        raise ValueError("--attention is for self-attention GANs such as sagan_celeba")
+        raise ValueError(
+            "--attention is for self-attention GANs such as sagan_celeba, and with --caption for "
+            "attngan_birds"
+        )
     return found[0]
 
 

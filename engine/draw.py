@@ -81,7 +81,8 @@ class Command:
     """For anomaly detectors: held-out images, first normal ones and then of the classes that were
     left out of training, over their reconstructions and heat maps; their scores are printed."""
     attention: bool = False
-    """For self-attention GANs: samples beside maps of where marked places look."""
+    """For self-attention GANs: samples beside maps of where marked places look; with --caption:
+    samples (4) beside maps of where each word went."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
     checkpoint: int | Literal["best"] | None = None

@@ -7,14 +7,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from engine.draw import Command, write_samples
+from engine import pictures
+from engine.anomalies import in_colours
+from engine.draw import Command, check_size, write, write_samples
 from engine.trained import Trained
 from engine.verb import warn
 from pipelines.captions import encode_text
 
 TOGETHER = 8
 """Images of a forward, at most: fewer are asked for than of a model without captions."""
+LEAST = 80
+"""Pixels of a column with a word over it, at least."""
 
 
 def samples(command: Command, trained: Trained) -> None:
@@ -48,3 +53,26 @@ def _made(
         with torch.no_grad():
             images_NCHW = step.captioned(trained.networks, z_NL, tokens_NL, lengths_N)
         yield images_NCHW[: count - first].cpu()
+
+
+def attention_maps(command: Command, trained: Trained) -> None:
+    """A row for each sample: the image, and where each word of the caption went in it, the most
+    that a place took of that word being white."""
+    count = command.num or 4
+    tokens_1L, lengths_1 = caption_of(command, trained)
+    names = [trained.words[token] for token in tokens_1L[0, : int(lengths_1)].tolist()]
+    columns = 1 + len(names)
+    check_size(trained, count * columns, "--num")
+    z_NL = trained.latents(command.seed, torch.arange(count))
+    told = tokens_1L.repeat(count, 1), lengths_1.repeat(count)
+    with torch.no_grad():
+        images_NCHW, share_NThw = trained.recipe.step.attended(trained.networks, z_NL, *told)
+    share_NThw = share_NThw[:, : len(names)].float()
+    heat_NThw = 2 * share_NThw / share_NThw.amax((2, 3), keepdim=True)
+    heat_NTHW = interpolate(heat_NThw, images_NCHW.shape[2:], mode="bilinear")
+    maps = in_colours(heat_NTHW.flatten(0, 1)[:, None]).unflatten(0, heat_NTHW.shape[:2])
+    rows = torch.cat([images_NCHW.expand(-1, 3, -1, -1)[:, None], maps], 1)
+    picture = pictures.grid(rows.flatten(0, 1).cpu(), columns, least=columns * LEAST)
+    what = f"{count} samples of {command.caption!r}, and where each word went"
+    origin = trained.origin(command.seed, composite=True)
+    write(pictures.headed(picture, ["", *names]), command.out, what, origin)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -20,6 +20,9 @@ from engine.whole import write_whole
 
 NAN_COLOUR = (255, 0, 255)
 """Pixels that are not a number are painted magenta in grids, which no healthy sample shows."""
+
+HEADER = 16
+"""Pixels of a line of titles."""
 
 
 def grid(
@@ -48,6 +51,16 @@ def grid(
 def strip(images_NCHW: Tensor, pad: int = 2, least: int = 512) -> Image.Image:
     """All images in one row, as for an interpolation; float (N, 1 or 3, H, W) in [-1, 1]."""
     return grid(images_NCHW, columns=images_NCHW.shape[0], pad=pad, least=least)
+
+
+def headed(picture: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """The picture with a title over each of its columns, which are of one width."""
+    whole = Image.new("RGB", (picture.width, picture.height + HEADER))
+    whole.paste(picture, (0, HEADER))
+    pen, each = ImageDraw.Draw(whole), picture.width / len(titles)
+    for i, title in enumerate(titles):
+        pen.text(((i + 0.5) * each, HEADER / 2), title, anchor="mm")
+    return whole
 
 
 def save(image: Image.Image, path: Path, origin: Origin | None = None) -> None:

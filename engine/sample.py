@@ -14,6 +14,7 @@ checkpoint and seed as metadata.
     python -m engine.sample RUN_DIR --anomaly                         (anogan_mnist)
     python -m engine.sample RUN_DIR --attention                       (self-attention GANs)
     python -m engine.sample RUN_DIR --caption "a red bird"            (text to image)
+    python -m engine.sample RUN_DIR --caption "a red bird" --attention      (attngan_birds)
 
 Shapes: N images, C channels, H height, W width, L latent.
 """
@@ -58,7 +59,7 @@ def choose(command: Command) -> tuple[Draw, str]:
     asked = [kind for kind in KINDS if getattr(command, kind)]
     if len(asked) > 1:
         raise ValueError(f"give one of --{' and --'.join(asked)}, not both")
-    if asked and command.caption is not None:
+    if command.caption is not None and asked not in ([], ["attention"]):
         raise ValueError(f"--caption is for samples: leave --{asked[0]} out")
     if (asked or command.caption is not None) and (command.label is not None or command.by_class):
         other = asked[0] if asked else "caption"
@@ -73,6 +74,8 @@ def choose(command: Command) -> tuple[Draw, str]:
         if value is not None and value < smallest:
             raise ValueError(f"--{name} {value} is too small: give at least {smallest}")
     if command.caption is not None:
+        if asked:
+            return draw_caption.attention_maps, "attention.png"
         return draw_caption.samples, "caption.png"
     return KINDS[asked[0]] if asked else (draw.samples, "grid.png")
 

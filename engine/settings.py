@@ -286,6 +286,13 @@ class Algorithm:
         by networks in eval mode."""
         raise ValueError("this recipe's model draws no captions")
 
+    def attended(
+        self, networks: "Networks", z_NL: Tensor, tokens_NL: Tensor, lengths_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Those images, and what of each word went where in them: (N, words, h, w), of any scale,
+        0 after the last word."""
+        raise ValueError("--attention: this recipe's model does not attend to words of a caption")
+
     def notes(self) -> tuple[str, ...]:
         """What a run says of it at its start: what it takes in place of what it was not given."""
         return ()

@@ -210,9 +210,9 @@ def sides(resolution: int, stages: int) -> list[int]:
     if first < 2 * SMALLEST or not whole:
         least = 2 * SMALLEST * 2 ** (stages - 1)
         raise ValueError(
-            f"--data.resolution {resolution} does not halve {stages - 1} times down to 8, 16, 32 "
-            f"or 64 pixels, as {stages} stages need: give {least}, {2 * least}, {4 * least} ..., or "
-            f"fewer --generator.stages and --discriminators.stages"
+            f"--data.resolution {resolution} does not halve {stages - 1} times down to 8, 16, "
+            f"32 ... pixels, as {stages} stages need: give {least}, {2 * least}, {4 * least} ..., "
+            f"or fewer --generator.stages and --discriminators.stages"
         )
     return found
 

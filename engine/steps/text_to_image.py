@@ -118,9 +118,17 @@ class TextToImage(Algorithm):
     def captioned(
         self, networks: Networks, z_NL: Tensor, tokens_NL: Tensor, lengths_N: Tensor
     ) -> Tensor:
-        return self.attended(networks, z_NL, tokens_NL, lengths_N)[0][-1]
+        return self._stages(networks, z_NL, tokens_NL, lengths_N)[0][-1]
 
     def attended(
+        self, networks: Networks, z_NL: Tensor, tokens_NL: Tensor, lengths_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        images, shares = self._stages(networks, z_NL, tokens_NL, lengths_N)
+        if not shares:
+            raise ValueError("--attention: a generator of one stage does not attend to words")
+        return images[-1], shares[-1]
+
+    def _stages(
         self, networks: Networks, z_NL: Tensor, tokens_NL: Tensor, lengths_N: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Images of each stage, float32 (N, C, H, W) in [-1, 1], and where each word of the caption
@@ -132,7 +140,7 @@ class TextToImage(Algorithm):
     def columns(self, networks: Networks, batch: Batch) -> tuple[Tensor, ...]:
         """Images, and what each stage makes of their captions."""
         z_NL = self._latents(philox.make_key(0, device=batch.position_N.device), HELD_OUT, batch)
-        images, _ = self.attended(networks, z_NL, batch.tokens_NL, batch.lengths_N)
+        images, _ = self._stages(networks, z_NL, batch.tokens_NL, batch.lengths_N)
         size = batch.images_NCHW.shape[2:]
         return batch.images_NCHW, *(F.interpolate(image_NCHW, size) for image_NCHW in images)
 
