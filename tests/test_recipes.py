@@ -70,9 +70,9 @@ def test_every_parameter_gets_a_finite_gradient(name):
                 nn.init.normal_(parameter, 0.0, 0.01, generator=noise)
     for iteration in small.step.kinds():
         live.clock.seek(iteration * BATCH)
-        labels, position_N = torch.zeros(BATCH, dtype=torch.int64), live.clock.position_N()
-        given = pair_of(small, images), *captions_of(small, BATCH)
-        live.step(Batch(images, labels, position_N, *given))
+        labels, position_N = torch.arange(BATCH) % 2, live.clock.position_N()
+        given = images, labels, position_N, pair_of(small, images)
+        live.step(Batch(*given, **captions_of(small, BATCH)))
     for player in live.players.values():
         for path, parameter in player.network.named_parameters():
             where = f"{player.name} {path}"

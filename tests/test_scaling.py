@@ -20,10 +20,13 @@ MIB = 2**20
 SYNCHRONISED = "dcgan_celeba --sync-bn on"
 ACCUMULATED = "dcgan_digits --accumulate 2"
 SMALL = "--data.resolution 32 --data.load 32"
+NARROW = f"{SMALL} --encoders.width 8 --encoders.side 32 --encoders.words 20"
 CHEAP = {
-    "inpaint_celeba": "--data.resolution 32 --generator.width 8 --discriminator.width 8",
+    "attngan_birds": f"{NARROW} --generator.width 4 --discriminators.width 4",
     "cyclegan_horse2zebra": f"{SMALL} --generators.width 8 --discriminators.width 8",
     "dalle_birds": "--autoencoder.width 32 --transformer.depth 2",
+    "damsm_birds": NARROW,
+    "inpaint_celeba": "--data.resolution 32 --generator.width 8 --discriminator.width 8",
     "pix2pix_facades": f"{SMALL} --generator.width 8 --generator.depth 5",
     "srgan_x4": "--generator.blocks 2",
     "style_transfer": f"{SMALL} --styler.width 8",
