@@ -52,6 +52,12 @@ def in_colours(heat_N1HW: Tensor) -> Tensor:
     return (1.5 * heat_N1HW - thirds).clamp(0, 1) * 2 - 1
 
 
+def spread(maps_NThw: Tensor) -> Tensor:
+    """Maps as heat: each from 0 at its least value to 2 at its largest."""
+    least, most = maps_NThw.amin((2, 3), keepdim=True), maps_NThw.amax((2, 3), keepdim=True)
+    return 2 * (maps_NThw - least) / (most - least).clamp(min=1e-8)
+
+
 def columns_of(images_NCHW: Tensor, made_NCHW: Tensor, heat_N1HW: Tensor) -> Tensor:
     """One row of images, one of what was made of them, one of heat maps: (3 N, 3, H, W)."""
     grey = (x.expand(-1, 3, -1, -1) for x in (images_NCHW, made_NCHW))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from engine import pictures
-from engine.anomalies import in_colours
+from engine.anomalies import in_colours, spread
 from engine.draw import Command, check_size, write, write_samples
 from engine.trained import Trained
 from engine.verb import warn
@@ -56,8 +56,8 @@ def _made(
 
 
 def attention_maps(command: Command, trained: Trained) -> None:
-    """A row for each sample: the image, and where each word of the caption went in it, the most
-    that a place took of that word being white."""
+    """A row for each sample: the image, and where each word of the caption went in it, from black
+    where least of it did to white where most."""
     count = command.num or 4
     tokens_1L, lengths_1 = caption_of(command, trained)
     names = [trained.words[token] for token in tokens_1L[0, : int(lengths_1)].tolist()]
@@ -67,8 +67,7 @@ def attention_maps(command: Command, trained: Trained) -> None:
     told = tokens_1L.repeat(count, 1), lengths_1.repeat(count)
     with torch.no_grad():
         images_NCHW, share_NThw = trained.recipe.step.attended(trained.networks, z_NL, *told)
-    share_NThw = share_NThw[:, : len(names)].float()
-    heat_NThw = 2 * share_NThw / share_NThw.amax((2, 3), keepdim=True)
+    heat_NThw = spread(share_NThw[:, : len(names)].float())
     heat_NTHW = interpolate(heat_NThw, images_NCHW.shape[2:], mode="bilinear")
     maps = in_colours(heat_NTHW.flatten(0, 1)[:, None]).unflatten(0, heat_NTHW.shape[:2])
     rows = torch.cat([images_NCHW.expand(-1, 3, -1, -1)[:, None], maps], 1)

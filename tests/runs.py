@@ -158,21 +158,19 @@ def toy(name: str, batch: int = 8) -> tuple[Recipe, list[str]]:
     return small, flags
 
 
-def captions_of(recipe: Recipe, count: int) -> dict[str, torch.Tensor]:
-    """What a pipeline might hand out of captions with so many images, by name."""
-    if not recipe.step.reads_captions():
-        return {}
-    tokens_NL = torch.zeros(count, LENGTH, dtype=torch.int64)
-    lengths_N = torch.arange(count) % 4 + 1
-    places_L = torch.arange(4)
-    tokens_NL[:, :4] = (places_L + lengths_N[:, None]) * (places_L < lengths_N[:, None])
-    return {"tokens_NL": tokens_NL, "lengths_N": lengths_N}
-
-
 def pair_of(recipe: Recipe, images_NCHW: torch.Tensor) -> torch.Tensor:
     """What a pipeline might hand out with images."""
     scale = recipe.data.scale
     return smaller(images_NCHW, scale) if scale else -images_NCHW.flip(0)
+
+
+def captions_of(recipe: Recipe, images: int) -> tuple[torch.Tensor, ...]:
+    """A caption of each image and their lengths, where the recipe's model reads them."""
+    if not recipe.step.reads_captions():
+        return ()
+    noise = torch.Generator().manual_seed(0)
+    lengths_N = torch.randint(1, LENGTH + 1, (images,), generator=noise)
+    return torch.randint(0, 9, (images, LENGTH), generator=noise), lengths_N
 
 
 def _shrink(settings):

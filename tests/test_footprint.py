@@ -81,8 +81,8 @@ def real(recipe: Recipe, classes: int = 0):
     data = recipe.data
     images = torch.randn(data.batch, data.channels, data.resolution, data.resolution)
     labels = torch.zeros(data.batch, dtype=torch.int64)
-    given = images, labels, torch.arange(data.batch), pair_of(recipe, images)
-    return session, Batch(*given, **captions_of(recipe, data.batch))
+    given = pair_of(recipe, images), *captions_of(recipe, data.batch)
+    return session, Batch(images, labels, torch.arange(data.batch), *given)
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -71,8 +71,8 @@ def test_every_parameter_gets_a_finite_gradient(name):
     for iteration in small.step.kinds():
         live.clock.seek(iteration * BATCH)
         labels, position_N = torch.arange(BATCH) % 2, live.clock.position_N()
-        given = images, labels, position_N, pair_of(small, images)
-        live.step(Batch(*given, **captions_of(small, BATCH)))
+        given = pair_of(small, images), *captions_of(small, BATCH)
+        live.step(Batch(images, labels, position_N, *given))
     for player in live.players.values():
         for path, parameter in player.network.named_parameters():
             where = f"{player.name} {path}"

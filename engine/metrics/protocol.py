@@ -12,6 +12,7 @@ HELD_OUT = (
     *("content", "style"),
     *("code_bits", "code_bits_frequencies", "code_bits_uniform"),
     *("word_bits", "word_bits_frequencies"),
+    *("r_precision", "r_precision_chance", "r_precision_real"),
 )
 """Figures of `engine.metrics.held_out`, which have images of their own."""
 HELD_OUT_IMAGES = 10_000

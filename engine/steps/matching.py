@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import damsm
-from engine.anomalies import in_colours
+from engine.anomalies import in_colours, spread
 from engine.damsm import Features, Sharpness
 from engine.everyone import FLOAT, gathered
 from engine.networks.damsm import Encoders, read_inception
@@ -168,6 +168,4 @@ def word_maps(encoders: nn.Module, batch: Batch) -> Tensor:
             0, 0
         ]
         maps.append(map_TR.view(-1, *regions_Dhw.shape[1:]))
-    maps_NThw = torch.stack(maps)
-    least, most = maps_NThw.amin((2, 3), keepdim=True), maps_NThw.amax((2, 3), keepdim=True)
-    return 2 * (maps_NThw - least) / (most - least).clamp(min=1e-8)
+    return spread(torch.stack(maps))
