@@ -1,4 +1,5 @@
-"""Every adversarial recipe beside its plain form (bench/plain.py, bench/plain_translation.py):
+"""Every adversarial recipe beside its plain form (bench/plain.py, bench/plain_translation.py,
+bench/plain_text.py):
 plain, ours eager, compiled.
 
     pytest bench/bench_recipes.py --benchmark-only
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.plain import PlainGAN, normalised
+from bench.plain_text import PlainText, Reader
 from bench.plain_translation import PlainCycle, PlainPaired
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
@@ -35,12 +37,15 @@ from engine.steps.adversarial import Adversarial
 from engine.steps.cycle import Cycle
 from engine.steps.paired import Paired
 from engine.steps.progressive import Progressive
+from engine.steps.text_to_image import TextToImage
 from pipelines.batch import Batch
+from pipelines.captions import LENGTH
 
 WARM_UP, ROUNDS = 1, 5
 FEWEST, MOST_FLOPS = 16, 64e9
+CLASSES = 150  # of birds to train on: few images of a batch share theirs
 WIDTHS = ("width", "base", "channels", "hidden")
-FAMILIES = (Adversarial, Progressive, Cycle, Paired)
+FAMILIES = (Adversarial, Progressive, Cycle, Paired, TextToImage)
 ALL = {name: recipe.load(name) for name in recipe.names()}
 NAMES = [name for name, r in ALL.items() if isinstance(r.step, FAMILIES)]
 
@@ -98,7 +103,7 @@ def plain_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Opti
     return torch.optim.Adam(network.parameters(), settings.lr, settings.betas, settings.eps)
 
 
-Plain = PlainGAN | PlainCycle | PlainPaired
+Plain = PlainGAN | PlainCycle | PlainPaired | PlainText
 
 
 def plain_of(given: Recipe, device: torch.device) -> Plain:
@@ -118,6 +123,8 @@ def plain_of(given: Recipe, device: torch.device) -> Plain:
         return PlainCycle(**made, cycle=step.cycle, identity=step.identity)
     if isinstance(step, Paired):
         return PlainPaired(**made, l1=step.l1, reverse=step.direction == "BtoA")
+    if isinstance(step, TextToImage):
+        return plain_text(step, made)
     latent = players["generator"].network.latent
     if isinstance(step, Progressive):
         return PlainGAN(
@@ -140,12 +147,47 @@ def plain_of(given: Recipe, device: torch.device) -> Plain:
     )
 
 
+def plain_text(step: TextToImage, made: dict[str, nn.Module]) -> PlainText:
+    """That of AttnGAN, of its networks."""
+    judges, encoders = made["discriminators"], made["encoders"]
+    device = next(encoders.parameters()).device
+    reader, settings = Reader(encoders.text).to(device), step.encoders.optimizer
+    learning = [p for part in (reader, encoders.image) for p in part.parameters()]
+    return PlainText(
+        made["generator"],
+        judges,
+        reader,
+        encoders.image,
+        made["optimizer_g"],
+        [plain_optimizer(step.discriminators.optimizer, judge) for judge in judges.of_size],
+        torch.optim.Adam(
+            [p for p in learning if p.requires_grad], settings.lr, settings.betas, settings.eps
+        ),
+        matching=step.matching,
+        clip=step.encoders.clip,
+        latent=step.latent_dim(),
+    )
+
+
+def captions_batch(given: Recipe, device: torch.device) -> tuple[Tensor, ...]:
+    """Captions of noise, int64, and their lengths, for a model that reads any."""
+    if not given.step.reads_captions():
+        return ()
+    generator, count = torch.Generator().manual_seed(1), given.data.batch
+    words = given.step.encoders.network.words
+    tokens_NL = torch.randint(1, words, (count, LENGTH), generator=generator)
+    lengths_N = torch.randint(1, LENGTH + 1, (count,), generator=generator)
+    tokens_NL *= torch.arange(LENGTH) < lengths_N[:, None]
+    return tokens_NL.to(device), lengths_N.to(device)
+
+
 def noise_batch(given: Recipe, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Images of noise in [-1, 1], contiguous, a class for each, and a partner."""
     data, generator = given.data, torch.Generator().manual_seed(0)
     shape = (data.batch, data.channels, data.resolution, data.resolution)
     real_NCHW = torch.rand(shape, generator=generator) * 2 - 1
-    label_N = torch.randint(max(given.step.classes(), 1), shape[:1], generator=generator)
+    classes = CLASSES if given.step.reads_captions() else max(given.step.classes(), 1)
+    label_N = torch.randint(classes, shape[:1], generator=generator)
     pair_NCHW = torch.rand(shape, generator=generator) * 2 - 1
     return real_NCHW.to(device), label_N.to(device), pair_NCHW.to(device)
 
@@ -155,6 +197,8 @@ def seen_by_plain(given: Recipe, device: torch.device) -> tuple[Tensor, ...]:
     real_NCHW, label_N, pair_NCHW = noise_batch(given, device)
     if isinstance(given.step, Cycle | Paired):
         return real_NCHW, pair_NCHW
+    if isinstance(given.step, TextToImage):
+        return real_NCHW, label_N, *captions_batch(given, device)
     return (real_NCHW, label_N) if given.step.classes() else (real_NCHW,)
 
 
@@ -182,9 +226,11 @@ def ours(given: Recipe, device: torch.device, compiled: bool):
         t.contiguous(memory_format=torch.channels_last) for t in (real_NCHW, pair_NCHW)
     )
 
+    said = captions_batch(given, device)
+
     def period():
         for _ in range(given.step.period()):
-            live.step(Batch(real_NCHW, label_N, live.clock.position_N(), pair_NCHW))
+            live.step(Batch(real_NCHW, label_N, live.clock.position_N(), pair_NCHW, *said))
             live.clock.advance()
 
     return period

@@ -141,7 +141,7 @@ def test_the_discriminators_loss_is_the_written_one():
         bad = bad + log_loss(judge.with_caption(faked, right), False)
         bad = bad + log_loss(judge.with_caption(seen, wrong), False)
         expected.append((good / 2 + bad / 3).item())
-    assert [float(v) for v in values.values()] == pytest.approx(expected, rel=1e-5)
+    assert [v.item() for v in values.values()] == pytest.approx(expected, rel=1e-5)
     assert float(loss) == pytest.approx(sum(expected), rel=1e-5)
 
 

@@ -9,15 +9,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.bench_recipes import ALL, NAMES, noise_batch, plain_of, seen_by_plain
+from bench.bench_recipes import (
+    ALL,
+    NAMES,
+    captions_batch,
+    noise_batch,
+    plain_of,
+    seen_by_plain,
+)
 from engine import session
 from engine.compile import Compiler
 from engine.networks.spectral import Normalised
 from engine.settings import Recipe
 from engine.steps.adversarial import LATENTS, MIXING, Adversarial
 from engine.steps.cycle import Cycle
+from engine.steps.matching import DROPOUT as WORDS
 from engine.steps.paired import DROPOUT, Paired
 from engine.steps.progressive import FOOLING, Progressive
+from engine.steps.text_to_image import NOISE, TextToImage
 from kernels import philox
 from pipelines.batch import Batch
 from tests.players import CPU, FP32, RANKS, steady
@@ -71,10 +80,11 @@ def give_noise(plain, live, given: Recipe) -> None:
     plain.mixing = lambda _: philox.uniform(live.key, MIXING, place_N, 1)[:, 0]
 
 
+READING = [name for name in NAMES if isinstance(ALL[name].step, TextToImage)]
 TRANSLATING = [name for name in NAMES if isinstance(ALL[name].step, Cycle | Paired)]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in TRANSLATING])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TRANSLATING + READING])
 def test_plain_computes_the_same_losses(name, double):
     given = small(name)
     live = session.start(given, RANKS, FP32, Compiler(False, ""), 10**9)
@@ -115,3 +125,26 @@ def test_plain_translation_computes_the_same_losses(name, double):
         loss_d, loss_g = plain.iteration(*seen_by_plain(given, CPU))
         assert loss_g.item() == pytest.approx(values[f"{own}/loss"].item(), rel=1e-6)
         assert loss_d.item() == pytest.approx(values[f"{other}/loss"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", READING)
+def test_plain_text_to_image_computes_the_same_losses(name, double):
+    given = small(name)
+    live = session.start(given, RANKS, FP32, Compiler(False, ""), 10**9)
+    plain = plain_of(given, CPU)
+    real_NCHW, label_N, _ = noise_batch(given, CPU)
+    said, share = captions_batch(given, CPU), plain.reader.dropout
+    for _ in range(ITERATIONS):
+        place_N = live.clock.position_N()
+        plain.noise = lambda x, n=place_N: philox.normal(live.key, NOISE, n, plain.latent)
+
+        def drop(vectors, n=place_N):
+            uniform = philox.uniform(live.key, WORDS, n, vectors[0].numel()).view_as(vectors)
+            return vectors * (uniform >= share) / (1 - share)
+
+        plain.reader.drop = drop
+        values = live.step(Batch(real_NCHW, label_N, place_N, None, *said))
+        live.clock.advance()
+        losses = plain.iteration(*seen_by_plain(given, CPU))
+        for player, loss in zip(("discriminators", "generator", "encoders"), losses, strict=True):
+            assert loss.item() == pytest.approx(values[f"{player}/loss"].item(), rel=1e-4), player

@@ -67,7 +67,7 @@ class WordAttention(nn.Module):
         """Word features of each place (N, C, H, W), and each word's share of it (N, T, H, W);
         there_NT: where there are words, bool."""
         word_NTC = self.to_map(words_NTD.to(x_NCHW.dtype))
-        score_NTP = torch.bmm(word_NTC, x_NCHW.flatten(2)).float()
+        score_NTP = torch.bmm(word_NTC, x_NCHW.flatten(2))
         share_NTP = score_NTP.masked_fill(~there_NT[:, :, None], -torch.inf).softmax(1)
         taken_NCP = torch.bmm(word_NTC.transpose(1, 2), share_NTP.to(word_NTC.dtype))
         size = x_NCHW.shape[2:]
@@ -118,8 +118,8 @@ class Condition(nn.Module):
         self.dense = nn.Linear(features, 4 * condition)
 
     def forward(self, sentence_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Its mean and the logarithm of its variance, float32 (N, K)."""
-        return F.glu(self.dense(sentence_ND), 1).float().chunk(2, 1)
+        """Its mean and the logarithm of its variance, (N, K)."""
+        return F.glu(self.dense(sentence_ND), 1).chunk(2, 1)
 
 
 class Painter(nn.Module):

@@ -39,6 +39,7 @@ HIGHER = (
     *("inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "elbo"),
     *("auroc", "auroc_pixels", "auroc_features", "accuracy", "nmi"),
     *("accuracy_real", "accuracy_augmented", "accuracy_samples", "taken_AtoB", "taken_BtoA"),
+    "r_precision",
 )
 
 

@@ -26,6 +26,7 @@ from engine.player import Player
 from engine.settings import Algorithm, Networks, PlayerSettings, Values
 from engine.world import Ranks
 from kernels import philox
+from kernels.dispatch import wide
 from pipelines.batch import Batch
 from pipelines.captions import LENGTH
 from pipelines.settings import Data
@@ -143,7 +144,7 @@ def matching_losses(
     images and captions."""
     parts = seen[0].flatten(2), seen[1], *read
     with torch.autocast("cuda" if seen[1].is_cuda else "cpu", enabled=False):
-        everything = gathered(ranks, *(part.float() for part in parts), lengths_N, labels_N)
+        everything = gathered(ranks, *map(wide, parts), lengths_N, labels_N)
         words, sentence = damsm.losses(Features(*everything), SHARP)
     return {"words": words, "sentence": sentence}
 
@@ -153,7 +154,7 @@ def seen_and_read(encoders: nn.Module, images_NCHW: Tensor, batch: Batch) -> Fea
     regions_NDhw, whole_ND = encoders.image(images_NCHW)
     words_NTD, sentence_ND = encoders.text(batch.tokens_NL, batch.lengths_N)
     parts = (regions_NDhw.flatten(2), whole_ND, words_NTD, sentence_ND)
-    return Features(*(part.float() for part in parts), batch.lengths_N, batch.labels_N)
+    return Features(*map(wide, parts), batch.lengths_N, batch.labels_N)
 
 
 def word_maps(encoders: nn.Module, batch: Batch) -> Tensor:

@@ -47,6 +47,7 @@ from engine.steps.matching import (
 )
 from engine.world import Ranks
 from kernels import philox
+from kernels.dispatch import wide
 from pipelines.batch import Batch
 from pipelines.settings import Data
 
@@ -203,7 +204,7 @@ def at_rest(player: Player) -> Iterator[nn.Module]:
 def read_by(encoders: nn.Module, tokens_NT: Tensor, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
     """Features of words and of captions, float32, nothing dropped."""
     words_NTD, sentence_ND = encoders.text(tokens_NT, lengths_N)
-    return words_NTD.float(), sentence_ND.float()
+    return wide(words_NTD), wide(sentence_ND)
 
 
 def paint(
@@ -213,7 +214,7 @@ def paint(
     the last numbers draw the condition."""
     mean_NK, log_variance_NK = generator.condition(sentence_ND)
     noise_NL, drawn_NK = z_NL.split([z_NL.shape[1] - mean_NK.shape[1], mean_NK.shape[1]], 1)
-    told_NK, kl_N = sample_and_kl(mean_NK, log_variance_NK, drawn_NK)
+    told_NK, kl_N = sample_and_kl(wide(mean_NK), wide(log_variance_NK), drawn_NK)
     images, shares = generator(noise_NL, told_NK, words_NTD, lengths_N)
     return images, kl_N / mean_NK.shape[1], shares
 
