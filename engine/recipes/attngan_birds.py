@@ -4,7 +4,7 @@ Xu et al. 2018, https://arxiv.org/abs/1711.10485, section 4, settings as in the 
 birds: batch 20, Adam 2e-4, 600 epochs, moving average 0.999 an iteration, lambda 5, images cut
 about the birds, resized to 304 and cut to 256. The encoders come from a run of damsm_birds.
 
-    python -m engine.train damsm_birds
+    python -m engine.train attngan_birds
     python -m engine.train attngan_birds --damsm RUN_DIR
     python -m engine.sample RUN_DIR --caption "a small bird with a red head"
     python -m engine.sample RUN_DIR --caption "a small bird with a red head" --attention
