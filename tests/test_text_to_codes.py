@@ -116,7 +116,7 @@ def test_figures_are_those_by_hand():
 def example(count: int = 4) -> tuple[dict[str, nn.Module], Batch]:
     recipe = toy(NAME)[0]
     networks = {name: network.eval() for name, network in build_networks(recipe).items()}
-    tokens_NL, lengths_N = captions_of(recipe, count).values()
+    tokens_NL, lengths_N = captions_of(recipe, count)
     images_NCHW = pictures(count, recipe.data.resolution, 0)
     place_N = torch.arange(count)
     return networks, Batch(images_NCHW, None, place_N, tokens_NL=tokens_NL, lengths_N=lengths_N)

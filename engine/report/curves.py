@@ -33,7 +33,7 @@ class Group(NamedTuple):
 
 LOWER = (
     *("fid", "kid", "lpips", "nll", "bits_per_dim", "reconstruction"),
-    *("kid_AtoB", "kid_BtoA", "cycle_A", "cycle_B"),
+    *("kid_AtoB", "kid_BtoA", "cycle_A", "cycle_B", "content", "style", "code_bits", "word_bits"),
 )
 HIGHER = (
     *("inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "elbo"),
