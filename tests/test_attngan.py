@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine import damsm, encoders, recipe, sample, train
+from engine import damsm, encoders, evaluate, recipe, sample, session, train
+from engine.compile import Compiler
 from engine.damsm import Features, Sharpness
 from engine.everyone import next_of_all
 from engine.networks import attngan
@@ -22,7 +23,11 @@ from engine.steps.text_to_image import judges_update, painter_update
 from engine.stored import Loaded
 from engine.trained import open_run
 from engine.world import Ranks
-from tests.runs import QUICK, final_state, run_folder, toy
+from kernels import philox
+from pipelines.batch import Batch
+from tests.players import FP32, RANKS
+from tests.runs import QUICK, captions_of, final_state, run_folder, toy
+from tests.test_capture import Guard
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 T, FEATURES = 5, 8
@@ -142,7 +147,7 @@ def test_the_discriminators_loss_is_the_written_one():
         bad = bad + log_loss(judge.with_caption(seen, wrong), False)
         expected.append((good / 2 + bad / 3).item())
     assert [v.item() for v in values.values()] == pytest.approx(expected, rel=1e-5)
-    assert float(loss) == pytest.approx(sum(expected), rel=1e-5)
+    assert loss.item() == pytest.approx(sum(expected), rel=1e-5)
 
 
 def test_the_generators_loss_is_the_written_one():
@@ -179,6 +184,21 @@ def test_a_wrong_caption_is_that_of_the_next_image_of_all_ranks(monkeypatch):
     monkeypatch.setattr(Ranks, "concatenated", lambda self, x: whole_MF)
     shown = [next_of_all(Ranks(r, r, 2, ALONE.device), whole_MF[3 * r :][:3]) for r in (0, 1)]
     assert torch.equal(torch.cat(shown), expected_MF)
+
+
+@pytest.mark.parametrize("name", ["damsm_birds", "attngan_birds"])
+def test_an_iteration_keeps_the_capture_contract(name, monkeypatch):
+    """See tests/test_capture.py: no value to the host, none from it, no shape that data decides."""
+    monkeypatch.setattr(philox, "by_numpy", lambda index_N: False)
+    small = toy(name, 4)[0]
+    live = session.start(small, RANKS, FP32, Compiler(False, ""), 100)
+    shape = (4, small.data.channels, small.data.resolution, small.data.resolution)
+    labels_N, position_N = torch.arange(4), live.clock.position_N()
+    batch = Batch(noise(*shape), labels_N, position_N, None, *captions_of(small, 4))
+    live.step(batch)
+    with Guard() as guard:
+        live.step(batch)
+    assert {"convolution_backward", "embedding_dense_backward"} <= guard.seen
 
 
 # runs
@@ -235,6 +255,16 @@ def test_captions_are_drawn_with_the_place_of_each_word(pair, tmp_path, capsys):
     assert width > 4 * 80 and height > 3 * 80  # an image and three words, three samples
     assert sample.main([*said, "--out", str(tmp_path / "made.png")]) == 0
     assert sample.main([str(pair[0]), *said[1:]]) == 2  # DAMSM draws nothing
+
+
+@pytest.mark.slow
+def test_r_precision_is_measured_of_both(pair, tmp_path):
+    for folder, extra in zip(pair, (set(), {"r_precision_real"}), strict=True):
+        out = tmp_path / "figures.json"
+        assert evaluate.main([str(folder), "--device", "cpu", "--json", str(out)]) == 0
+        (found,) = json.loads(out.read_text()).values()
+        assert found["figures"].keys() == {"r_precision", "r_precision_chance"} | extra
+        assert all(0 <= value <= 1 for value in found["figures"].values())
 
 
 def refusal(capsys, *flags: str) -> str:
