@@ -85,9 +85,9 @@ def restore(session: Session, loaded: Loaded) -> None:
             player.shared.make_moments()
     try:
         for path, held in shared_tensors(session).items():
-            fill(held, stored, path)
+            _fill(held, stored, path)
         for path, tensor in local_tensors(session).items():
-            fill(tensor, loaded.local, path)
+            _fill(tensor, loaded.local, path)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{loaded.folder} does not fit this recipe: {error}") from error
     for name, player in session.players.items():
@@ -97,9 +97,7 @@ def restore(session: Session, loaded: Loaded) -> None:
     session.change_noise(loaded.index["salt"])
 
 
-def fill(held: Tensor | Piece, stored: Mapping[str, Tensor], path: str) -> None:
-    """Put a stored tensor, or this rank's piece of it, in place. Raises KeyError where there is
-    none of that shape."""
+def _fill(held: Tensor | Piece, stored: Mapping[str, Tensor], path: str) -> None:
     if "/scaler/" in path:  # plain numbers, see _restore_scaler
         return
     if isinstance(held, Piece):

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
+from torch import nn
 
-from engine.checkpoint import fill, newest_whole
+from engine.checkpoint import newest_whole
 from engine.networks.damsm import Encoders
-from engine.player import Player
 from engine.run import read_recipe
 from engine.steps.matching import Matching
 from engine.stored import CheckpointError, Loaded
@@ -39,18 +38,16 @@ class DamsmRun:
                 f"captions, with the same --data.name and --data.path"
             )
 
-    @torch.no_grad()
-    def fill(self, player: Player) -> None:
-        """Put its weights into a player of the same sizes, which then looks as after training."""
-        buffers = dict(player.network.named_buffers())
-        kept = {name: buffers[name] for name in player.network.state_dict() if name in buffers}
+    def fill(self, network: nn.Module) -> None:
+        """Put its weights into a network of the same sizes. Raises CheckpointError where they do
+        not fit."""
+        stored, prefix = self.loaded.shared, f"{PLAYER}/network/"
+        paths = [path for path in stored if path.startswith(prefix)]
         try:
-            for name, held in (player.shared.parameters() | kept).items():
-                fill(held, self.loaded.shared, f"{PLAYER}/network/{name}")
-        except KeyError as error:
-            raise CheckpointError(f"{self.loaded.folder} does not fit: {error}") from error
-        player.shared.loaded()
-        player.network.eval()
+            network.load_state_dict({path.removeprefix(prefix): stored[path] for path in paths})
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.loaded.folder} does not fit: {reason}") from error
 
 
 def _first_other(own: tuple[str, ...], words: tuple[str, ...]) -> str:

@@ -173,7 +173,7 @@ def test_the_generators_loss_is_the_written_one():
     f = Features(regions.flatten(2), whole, *read, lengths_N, labels_N)
     expected += 5.0 * sum(damsm.losses(f, Sharpness()))
     expected += 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert values["made_1"].shape == (4, 3, 16, 16)
 
 

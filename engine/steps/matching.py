@@ -52,6 +52,10 @@ class Matching(Algorithm):
         sizes = replace(self.encoders.network, inception=self.inception is not None)
         return replace(self, encoders=replace(self.encoders, network=sizes))
 
+    def begin(self, networks: Networks) -> None:
+        if self.inception:
+            read_inception(networks["encoders"], self.inception)
+
     def notes(self) -> tuple[str, ...]:
         if self.inception:
             return (f"image encoder: Inception-v3, fixed, {self.inception}",)
@@ -87,8 +91,6 @@ class Matching(Algorithm):
 
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         encoders = players["encoders"]
-        if self.inception and encoders.clock.device.type != "meta":
-            read_inception(encoders.network, self.inception)
         loss = matching_of(encoders.shared.ranks)
 
         def step(batch: Batch) -> Values:

@@ -93,6 +93,10 @@ class TextToImage(Algorithm):
                     f"give --{name}.features {features}"
                 )
 
+    def begin(self, networks: Networks) -> None:
+        if self.damsm is not None:
+            open_damsm(self.damsm).fill(networks["encoders"])
+
     def check_words(self, words: tuple[str, ...]) -> None:
         if self.damsm is not None:
             open_damsm(self.damsm).check_words(words)
@@ -167,8 +171,8 @@ class TextToImage(Algorithm):
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         generator, critics = players["generator"], players["discriminators"]
         encoders, ranks = players["encoders"], players["generator"].shared.ranks
-        if self.damsm is not None and encoders.clock.device.type != "meta":
-            open_damsm(self.damsm).fill(encoders)
+        if self.damsm is not None:
+            encoders.network.eval()  # for good: it is never updated
         match = matching_of(ranks)
         draw = partial(painter_update, ranks=ranks, matching=self.matching)
 
