@@ -23,7 +23,8 @@ MAY_CHANGE = (
     *(f"{part}." for part in ("length", "outputs", "metrics")),
     *(f"data.{name}" for name in ("root", "path", "cache", "workers", "download", "on_error")),
     *("device", "on_nan", "parallel", "batch_per_rank", "hang_after"),
-    "step.damsm",  # its content is pinned by step.encoders_digest
+    # runs whose content is pinned by step.encoders_digest and step.vqvae_digest
+    *("step.damsm", "step.vqvae"),
 )
 
 
@@ -293,7 +294,7 @@ def flatten(settings: Any, prefix: str = "", flags: bool = False) -> dict[str, A
 
 def may_change(path: str) -> bool:
     """Whether a resumed run may be given this setting anew."""
-    return path.startswith(tuple(MAY_CHANGE))
+    return any(path == name or (path.startswith(name) and name[-1] == ".") for name in MAY_CHANGE)
 
 
 def identity(recipe: Recipe, digests: dict[str, str] | None = None) -> dict[str, Any]:

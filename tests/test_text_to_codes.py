@@ -309,7 +309,10 @@ def test_an_autoencoder_of_another_run_is_taken(tmp_path, capsys):
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "is not a run directory" in error and "engine.train vqvae_birds trains one" in error
-    shutil.rmtree(vqvae)
+    elsewhere = vqvae.rename(tmp_path / "elsewhere")
+    train(NAME, *SMALL, "--vqvae", str(elsewhere), "--steps", "3", *runs)
+    assert run_folder(tmp_path, NAME) == run  # which has gone on
+    shutil.rmtree(elsewhere)
     drawn(run, tmp_path / "caption.png")
 
 

@@ -15,11 +15,13 @@ of the codebook.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +30,7 @@ from engine.networks.vqvae import Autoencoder
 from engine.player import Player
 from engine.settings import Networks, PlayerSettings, Values
 from engine.steps.quantised import Quantised
-from engine.trained import open_run
+from engine.trained import Trained, open_run
 from engine.verb import warn
 from kernels import philox
 from pipelines.batch import Batch
@@ -46,7 +48,9 @@ class TextToCodes(Quantised):
     """Iterations in which the autoencoder learns; in all that follow the transformer does."""
     vqvae: Path | None = None
     """Run directory of an autoencoder that was trained before (vqvae_birds), which then does not
-    learn here; needed to begin and to go on, not to sample."""
+    learn here; needed to begin and to go on, not to sample. May lie elsewhere on resume."""
+    vqvae_digest: Annotated[str, tyro.conf.Suppress] = ""
+    """SHA-256 of that run's newest checkpoint, which thereby is part of what defines this run."""
     text: float = 1 / 8
     """Weight of the words in the transformer's loss; the codes have the rest of 1."""
     latent: int = 256
@@ -55,6 +59,11 @@ class TextToCodes(Quantised):
     """By which logits are divided when codes are drawn."""
     top: int = 0
     """Draw among so many of the likeliest codes; 0 draws among all."""
+
+    def settled(self) -> "TextToCodes":
+        if self.vqvae is None:
+            return self
+        return replace(self, vqvae_digest=open_vqvae(self.vqvae).checkpoint)
 
     def check(self) -> None:
         super().check()
@@ -169,17 +178,25 @@ class TextToCodes(Quantised):
         return step
 
 
-def take_autoencoder(run: Path, network: nn.Module) -> None:
-    """Give the network the weights of a run's newest whole checkpoint. Raises ValueError naming the
-    flag where it is no such run, and what opening a run raises."""
+@cache
+def open_vqvae(run: Path) -> Trained:
+    """A run with an autoencoder at its newest whole checkpoint. Raises ValueError naming the flag
+    where it is no such run, and what opening a run raises."""
     remedy = "python -m engine.train vqvae_birds trains one, and without --vqvae this run does"
     try:
         trained = open_run(run, device="cpu", warn=warn)
     except ValueError as error:
         raise ValueError(f"--vqvae {run}: {error}; {remedy}") from error
-    found = trained.networks.get("autoencoder")
-    if not isinstance(found, Autoencoder):
+    if not isinstance(trained.networks.get("autoencoder"), Autoencoder):
         raise ValueError(f"--vqvae {run}: {trained.name} has no codebook; {remedy}")
+    return trained
+
+
+def take_autoencoder(run: Path, network: nn.Module) -> None:
+    """Give the network the weights of a run (see `open_vqvae`). Raises ValueError where they are of
+    other sizes."""
+    trained = open_vqvae(run)
+    found = trained.networks["autoencoder"]
     if shapes(found) != shapes(network):
         sizes = trained.recipe.step.autoencoder.network
         raise ValueError(
