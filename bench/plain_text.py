@@ -2,7 +2,7 @@
 
 Eager float32 in contiguous NCHW: packed sequences for the LSTM, a loop over captions for the
 matching of words, one backward pass and optimizer for each discriminator. The encoders learn
-first, then the generator, as the engine has it without encoders of another run. Written from what
+first, as the engine has it without encoders of another run. Written from what
 AttnGAN does, on networks of the sizes that the engine trains, and from nothing else of the engine.
 
 Shapes: N batch, C channels, H height, W width, T words, D features.
@@ -112,8 +112,8 @@ class PlainText:
     def iteration(
         self, real: Tensor, labels: Tensor, tokens: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Update encoders, generator and discriminators; the losses of the last, of the generator,
-        of the encoders."""
+        """Update encoders, discriminators and generator; the losses of the second, of the last, of
+        the first."""
         loss_e, z = self.encode(real, tokens, lengths, labels), self.noise(real)
         with torch.no_grad():
             words, sentence = self.reader(tokens, lengths, False)
@@ -121,6 +121,7 @@ class PlainText:
         noise, drawn = z.split([z.shape[1] - mean.shape[1], mean.shape[1]], 1)
         condition = mean + drawn * (0.5 * log_variance).exp()
         images, _ = self.generator(noise, condition, words, lengths)
+        loss_d = self.judge(real, images, sentence)
         frozen(self.discriminators, True)
         frozen(self.image, True)
         self.image.eval()
@@ -136,7 +137,7 @@ class PlainText:
         frozen(self.discriminators, False)
         frozen(self.image, False)
         self.image.train()
-        return self.judge(real, images, sentence), loss_g.detach(), loss_e
+        return loss_d, loss_g.detach(), loss_e
 
     def judge(self, real: Tensor, images: list[Tensor], sentence: Tensor) -> Tensor:
         """Update the discriminators one by one; the sum of their losses."""

@@ -23,11 +23,12 @@ from pipelines.batch import Clock
 
 
 class Made(NamedTuple):
-    """What a player's network made, for others to learn from before it is updated itself."""
+    """What a player's network made, for others to learn from before it is updated itself: a tensor,
+    or a tuple of them."""
 
-    tensor: Tensor
+    tensor: Any
     """Without gradient."""
-    held: Tensor | None
+    held: Any
     """With the graph that made it; None where it is to be made again."""
     fn: Callable
     args: tuple
@@ -115,7 +116,7 @@ class Player:
             return self.compiler(fn)(network, *args)
 
     def make(self, fn: Callable, *args: Any, hold: bool = True) -> Made:
-        """fn(network, *args), a tensor; hold: `update_made` will minimise a loss of it.
+        """fn(network, *args), a tensor or a tuple; hold: `update_made` will minimise a loss of it.
 
         Its graph is held until then, so that it is made but once. Not so with micro-batches, which
         are there to save the memory, nor where ranks hold parts of the network: then it is made
@@ -126,10 +127,11 @@ class Player:
         rehearsal = self.shared.rehearsal() if self.rehearsing else nullcontext(self.shared.root)
         with rehearsal as root, self.precision.autocast():
             held = root(self.compiler(fn), *args)
-        return Made(held.detach(), held, fn, args)
+        plain = held.detach() if isinstance(held, Tensor) else tuple(t.detach() for t in held)
+        return Made(plain, held, fn, args)
 
     def update_made(self, made: Made, loss_fn: Callable, *args: Any) -> Values:
-        """`update`, for loss_fn(tensor, *args) -> (loss, values) of what `make` made."""
+        """`update`, for loss_fn(made, *args) -> (loss, values) of what `make` made."""
         if made.held is None:
             with statistics_kept(self.network):
                 return self.update(self._through(made, loss_fn), *made.args, *args)

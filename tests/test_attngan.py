@@ -19,7 +19,7 @@ from engine.everyone import next_of_all
 from engine.networks import attngan
 from engine.networks.spec import ImageSpec
 from engine.steps.matching import Matching
-from engine.steps.text_to_image import judges_update, painter_update
+from engine.steps.text_to_image import judges_update, painted, painter_update
 from engine.stored import Loaded
 from engine.trained import open_run
 from engine.world import Ranks
@@ -159,8 +159,9 @@ def test_the_generators_loss_is_the_written_one():
     tokens_NT = torch.randint(20, (4, T), generator=torch.Generator().manual_seed(0))
     read = [part.detach() for part in both.text(tokens_NT, lengths_N)]
     z_NL = noise(4, 10)
-    args = (z_NL, *read, lengths_N, labels_N)
-    loss, values = painter_update(painter, judges, both, *args, ranks=ALONE, matching=5.0)
+    made = painted(painter, z_NL, *read, lengths_N)
+    args = (judges, both, *read, lengths_N, labels_N)
+    loss, _ = painter_update(made, *args, ranks=ALONE, matching=5.0)
     mean, log_variance = painter.condition(read[1])
     told = mean + (0.5 * log_variance).exp() * z_NL[:, 6:]
     images, _ = painter(z_NL[:, :6], told, read[0], lengths_N)
@@ -174,7 +175,7 @@ def test_the_generators_loss_is_the_written_one():
     expected += 5.0 * sum(damsm.losses(f, Sharpness()))
     expected += 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert values["made_1"].shape == (4, 3, 16, 16)
+    assert made[-1].shape == (4, 3, 16, 16)
 
 
 def test_a_wrong_caption_is_that_of_the_next_image_of_all_ranks(monkeypatch):

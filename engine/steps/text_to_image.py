@@ -11,8 +11,8 @@ weights, of stages i, images x, captions e and captions e' of other images:
 
 e' is the caption of the next image of the batch of all ranks. L_words and L_sentence are those of
 DAMSM (`engine.damsm`) on the last stage's images, captions and images being those of all ranks; KL
-is a mean over images and numbers. The generator goes first, so that the discriminators judge the
-images that it has made anyway.
+is a mean over images and numbers. The discriminators learn first, then the generator from the same
+images (`Player.make`).
 
 The encoders of captions and images are those of a run of damsm_birds (--damsm), which stay as they
 are and are kept in this run's checkpoints too. Without it they are trained alongside, on the real
@@ -183,12 +183,12 @@ class TextToImage(Algorithm):
                 values = encoders.update(match, *given(batch), key, batch.position_N)
             read = encoders.infer(read_by, *said)
             z_NL = self._latents(key, NOISE, batch)
-            with frozen(critics) as judges, at_rest(encoders) as fixed:
-                told = (judges, fixed, z_NL, *read, lengths_N, labels_N)
-                values |= generator.update(draw, *told)
-            made = [values.pop(f"generator/made_{i}") for i in range(self.generator.network.stages)]
+            made = generator.make(painted, z_NL, *read, lengths_N)
             captions = read[1], next_of_all(ranks, read[1])
-            return values | critics.update(judges_update, reals_NCHW, *captions, *made)
+            values |= critics.update(judges_update, reals_NCHW, *captions, *made.tensor[1:])
+            with frozen(critics) as judges, at_rest(encoders) as fixed:
+                told = (judges, fixed, *read, lengths_N, labels_N)
+                return values | generator.update_made(made, draw, *told)
 
         return step
 
@@ -223,11 +223,18 @@ def paint(
     return images, kl_N / mean_NK.shape[1], shares
 
 
+def painted(
+    generator: nn.Module, z_NL: Tensor, words_NTD: Tensor, sentence_ND: Tensor, lengths_N: Tensor
+) -> tuple[Tensor, ...]:
+    """The condition's divergence (N,), and the images of each stage."""
+    images, kl_N, _ = paint(generator, z_NL, words_NTD, sentence_ND, lengths_N)
+    return kl_N, *images
+
+
 def painter_update(
-    generator: nn.Module,
+    made: tuple[Tensor, ...],
     judges: nn.Module,
     encoders: nn.Module,
-    z_NL: Tensor,
     words_NTD: Tensor,
     sentence_ND: Tensor,
     lengths_N: Tensor,
@@ -236,9 +243,8 @@ def painter_update(
     ranks: Ranks,
     matching: float,
 ) -> tuple[Tensor, Values]:
-    """The generator's loss, its parts, and its images for the discriminators."""
-    read = words_NTD, sentence_ND
-    images, kl_N, _ = paint(generator, z_NL, *read, lengths_N)
+    """The generator's loss and its parts, of what it `painted`."""
+    (kl_N, *images), read = made, (words_NTD, sentence_ND)
     fooling = kl_N.new_zeros(())
     for judge, made_NCHW in zip(judges.of_size, images, strict=True):
         seen_NCHW = judge.features(made_NCHW)
@@ -247,7 +253,7 @@ def painter_update(
     found = matching_losses(encoders.image(images[-1]), read, lengths_N, labels_N, ranks)
     values = {"adversarial": fooling, **found, "kl": kl_N.mean()}
     loss = fooling + matching * (found["words"] + found["sentence"]) + values["kl"]
-    return loss, values | {f"made_{i}": made for i, made in enumerate(images)}
+    return loss, values
 
 
 def judges_update(
