@@ -24,8 +24,8 @@ def layer_of(network: nn.Module) -> Attention:
     found = [m for m in network.modules() if isinstance(m, Attention)]
     if not found:
         raise ValueError(
-            "--attention is for self-attention GANs such as sagan_celeba, and with --caption for "
-            "attngan_birds"
+            "--attention is for self-attention GANs such as sagan_celeba; for attngan_birds add "
+            "--caption TEXT"
         )
     return found[0]
 

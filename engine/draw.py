@@ -75,8 +75,8 @@ class Command:
     by_class: bool = False
     """A row of samples for each class; --num (8) is the number in a row."""
     caption: str | None = None
-    """For text-to-image models: what --num (8) samples are to show. Words that the model has never
-    read are left out, and named."""
+    """For text-to-image models: what --num (8) samples are to show, in 18 words. More words, and
+    those that the model has never read, are left out and named."""
     anomaly: bool = False
     """For anomaly detectors: held-out images, first normal ones and then of the classes that were
     left out of training, over their reconstructions and heat maps; their scores are printed."""

@@ -14,7 +14,7 @@ from engine.anomalies import in_colours, spread
 from engine.draw import Command, check_size, write, write_samples
 from engine.trained import Trained
 from engine.verb import warn
-from pipelines.captions import encode_text
+from pipelines.captions import LENGTH, encode_text
 
 TOGETHER = 8
 """Images of a forward, at most: fewer are asked for than of a model without captions."""
@@ -32,12 +32,15 @@ def samples(command: Command, trained: Trained) -> None:
 
 def caption_of(command: Command, trained: Trained) -> tuple[Tensor, Tensor]:
     """The caption as int64 (1, L) and its length (1,), on the model's device; words that the model
-    does not know are named. Raises ValueError where it knows none, or draws no captions."""
+    does not know, or that are too many, are named. Raises ValueError where it knows none, or draws
+    no captions."""
     if not trained.recipe.step.draws_captions():
         raise ValueError(f"--caption is for text-to-image models, not {trained.name}")
-    tokens_L, length, unknown = encode_text(command.caption, trained.words)
+    tokens_L, length, unknown, late = encode_text(command.caption, trained.words)
     if unknown:
         warn(f"left out of the caption, not among the words of training: {', '.join(unknown)}")
+    if late:
+        warn(f"left out of the caption, of which {LENGTH} words are read: {' '.join(late)}")
     tokens_1L = torch.from_numpy(tokens_L)[None].to(trained.device)
     return tokens_1L, torch.tensor([length], device=trained.device)
 

@@ -28,6 +28,10 @@ WHITE = 128
 SIXTEEN = 65535
 
 
+class Unsuitable(ValueError):
+    """An image that the model cannot repair as it is."""
+
+
 def check_mask(trained: Trained, mask: Path | None) -> None:
     """Raise ValueError where the model repairs by a mask and none is given, or the other way
     round."""
@@ -76,13 +80,21 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 
 def read_hole(path: Path) -> np.ndarray:
-    """Where a mask is white, bool (H, W). Raises BadImage, and ValueError where that is nowhere or
-    everywhere."""
-    hole_HW = decode(_content(path), str(path), 1)[..., 0] >= WHITE
+    """Where a mask is white and not transparent, bool (H, W). Raises BadImage, and ValueError where
+    that is nowhere or everywhere."""
+    content = _content(path)
+    grey_HW = decode(content, str(path), 1)[..., 0]
+    with Image.open(io.BytesIO(content)) as image:
+        if image.has_transparency_data:
+            grey_HW = np.minimum(grey_HW, np.asarray(image.convert("RGBA").getchannel("A")))
+    hole_HW = grey_HW >= WHITE
     if hole_HW.all():
         raise ValueError(f"the mask {path} is white all over: leave black what is to stay")
     if not hole_HW.any():
-        raise ValueError(f"the mask {path} is black all over: make white what is to be repaired")
+        raise ValueError(
+            f"the mask {path} is black all over (its largest value is {int(grey_HW.max())} of 255, "
+            f"white is {WHITE} or more): make white what is to be repaired"
+        )
     return hole_HW
 
 
@@ -104,13 +116,13 @@ class Picture:
 
     @classmethod
     def read(cls, path: Path, channels: int, window: tuple[int, int] | None) -> "Picture":
-        """Of a file of any mode. Raises BadImage, and ValueError for 16 bits and a colour model."""
+        """Of a file of any mode. Raises BadImage, and Unsuitable for 16 bits and a colour model."""
         content = _content(path)
         pixels_HWC = decode(content, str(path), channels)  # also says what is wrong with it
         if not sixteen_bits(content):
             return cls(pixels_HWC, 0, 255)
         if channels != 1:
-            raise ValueError(
+            raise Unsuitable(
                 f"{path} has 16-bit pixels, of which a model of colour images would leave 8: take "
                 f"a run of --data.channels 1"
             )

@@ -291,7 +291,7 @@ class Algorithm:
     ) -> tuple[Tensor, Tensor]:
         """Those images, and what of each word went where in them: (N, words, h, w), of any scale,
         0 after the last word."""
-        raise ValueError("--attention: this recipe's model does not attend to words of a caption")
+        raise ValueError("--attention: this recipe's model has no map of where each word goes")
 
     def notes(self) -> tuple[str, ...]:
         """What a run says of it at its start: what it takes in place of what it was not given."""

@@ -42,6 +42,10 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             os._exit(130)
+        if self.signal is None and number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            os.write(
+                2, b"\nstopping after this iteration, compiling included; Ctrl-C again leaves\n"
+            )
         self.signal = self.signal or signal.Signals(number)  # launchers send SIGTERM after theirs
 
     def agreed(self, ranks: Ranks) -> bool:

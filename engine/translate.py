@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine import pictures, stylise
 from engine.checkpoint import CheckpointError
-from engine.repair import check_mask, masks_of, repaired
+from engine.repair import Unsuitable, check_mask, masks_of, repaired
 from engine.run import RunError
 from engine.settings import DIRECTIONS, Algorithm, Direction, Translation
 from engine.tiles import check_side, in_tiles, padded
@@ -53,8 +53,8 @@ class Command:
     """From which domain to which, where the model has two; default: the run's own, AtoB where it
     goes both ways."""
     mask: Path | None = None
-    """For models that repair: an image of the inputs' size, white where to repair, or a folder of
-    such with the names of the inputs."""
+    """For models that repair: an image of the inputs' size, white where to repair (128 of 255 or
+    more, not transparent), or a folder of such with the names of the inputs."""
     tile: int | None = None
     """Side of the squares in which large images are enlarged, in pixels of the input; 0 takes each
     image whole; default 256."""
@@ -176,18 +176,26 @@ def run_command(command: Command) -> None:
     stylise.check_model(trained, styles)
     makes = makers(trained, command, kind, styles)
     say(f"{trained.name} at {trained.images:,} images, {how(command, kind, styles)}")
-    origin = trained.origin(0, composite=bool(masks))
+    origin, left_out = trained.origin(0, composite=bool(masks)), []
     for given_name, style, name in wanted:
         path = files[given_name]
-        if masks:
-            picture = repaired(trained, path, masks[given_name])
-        else:
-            made_NCHW = translated(
-                trained, read(path, trained.channels), makes[style], command.tile
-            )
-            picture = pictures.grid(made_NCHW, pad=0, least=0)
+        try:
+            if masks:
+                picture = repaired(trained, path, masks[given_name])
+            else:
+                image_NCHW = read(path, trained.channels)
+                made_NCHW = translated(trained, image_NCHW, makes[style], command.tile)
+                picture = pictures.grid(made_NCHW, pad=0, least=0)
+        except (BadImage, Unsuitable) as error:
+            left_out.append(str(error))
+            continue
         pictures.save(picture, command.out / f"{name}.png", origin)
-    say(f"wrote {len(wanted):,} images to {command.out}")
+    if len(left_out) < len(wanted):
+        say(f"wrote {len(wanted) - len(left_out):,} images to {command.out}")
+    for reason in left_out[:-1]:
+        warn(f"left out: {reason}")
+    if left_out:
+        raise BadImage(left_out[-1] if len(wanted) == 1 else f"left out: {left_out[-1]}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -48,9 +48,10 @@ def encode(rows: Sequence[Sequence[Sequence[str]]], words: tuple[str, ...]) -> C
     return Captions(tokens_NKL, lengths_NK, words)
 
 
-def encode_text(text: str, words: tuple[str, ...]) -> tuple[np.ndarray, int, list[str]]:
-    """A user's caption: its words' numbers, int64 (LENGTH,), how many they are, and its words that
-    are not in the vocabulary, which are left out. Raises ValueError where none is."""
+def encode_text(text: str, words: tuple[str, ...]) -> tuple[np.ndarray, int, list[str], list[str]]:
+    """A user's caption: its first LENGTH words' numbers, int64 (LENGTH,), how many they are; its
+    words that are not in the vocabulary, and those that are too many, both of which are left out.
+    Raises ValueError where none is in the vocabulary."""
     found, known = tokens(text), set(words[1:])
     if not found:
         raise ValueError(f"the caption {text!r} has no words: describe what is to be drawn")
@@ -60,9 +61,10 @@ def encode_text(text: str, words: tuple[str, ...]) -> tuple[np.ndarray, int, lis
             f"no word of the caption {text!r} stands in the captions that the model was trained on "
             f"({', '.join(words[1:6])}, ...): use other words"
         )
-    encoded = encode([[kept]], words)
+    encoded = encode([[kept[:LENGTH]]], words)
     unknown = [word for word in dict.fromkeys(found) if word not in known]
-    return encoded.tokens_NKL[0, 0].astype(np.int64), int(encoded.lengths_NK[0, 0]), unknown
+    tokens_L, length = encoded.tokens_NKL[0, 0].astype(np.int64), int(encoded.lengths_NK[0, 0])
+    return tokens_L, length, unknown, kept[LENGTH:]
 
 
 def _shorten(sentence: Sequence[str]) -> Sequence[str]:

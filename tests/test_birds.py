@@ -114,9 +114,11 @@ def test_words():
 
 def test_a_users_caption_in_the_words_of_training():
     words = captions.vocabulary([["a", "red", "bird"]])
-    tokens_L, length, unknown = captions.encode_text("A RED, crimson bird; crimson!", words)
+    tokens_L, length, *left = captions.encode_text("A RED, crimson bird; crimson!", words)
     assert tokens_L.tolist()[:4] == [1, 2, 3, 0] and len(tokens_L) == captions.LENGTH
-    assert length == 3 and unknown == ["crimson"]
+    assert length == 3 and left == [["crimson"], []]
+    tokens_L, length, *left = captions.encode_text("a bird " * 9 + "red bird", words)
+    assert tokens_L.tolist() == [1, 3] * 9 and length == 18 and left == [[], ["red", "bird"]]
     for text, message in (("", "has no words"), (" ?!", "has no words"), ("<end>", "no word of")):
         with pytest.raises(ValueError, match=message):
             captions.encode_text(text, words)

@@ -167,9 +167,13 @@ def test_bad_masks(run, mask, tmp_path, capsys):
     assert "no such file" in refused(capsys, 2, *command, tmp_path / "absent.png")
     error = refused(capsys, 2, *command, noise(tmp_path / "small.png", "L", (36, 30)))
     assert "36x30" in error and "37x30" in error and "image's size" in error
-    for shade, word in ((0, "black all over"), (255, "white all over")):
+    for shade, word in ((1, "black all over (its largest value is 1 of"), (255, "white all over")):
         Image.new("L", SIZE, shade).save(tmp_path / "flat.png")
         assert word in refused(capsys, 2, *command, tmp_path / "flat.png")
+    shown = Image.new("RGBA", SIZE, (255, 255, 255, 0))  # a white box on a transparent layer
+    shown.paste((255, 255, 255, 255), (2, 3, 6, 5))
+    shown.save(tmp_path / "layer.png")
+    assert repair.read_hole(tmp_path / "layer.png").sum() == 4 * 2
     (tmp_path / "torn.png").write_bytes(b"no image")
     assert "torn.png" in refused(capsys, 1, *command, tmp_path / "torn.png")
     (tmp_path / "empty").mkdir()

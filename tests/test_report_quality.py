@@ -90,7 +90,12 @@ def test_the_words_on_held_out_figures_are_true() -> None:
     sampled |= {"accuracy_real", "accuracy_augmented", "accuracy_samples"}
     sampled |= {"kid_AtoB", "kid_BtoA", "taken_AtoB", "taken_BtoA"}
     neither = {"kl", "score_normal", "score_anomaly", "code_perplexity", "codes_in_use"}
-    neither |= {"code_bits_frequencies", "code_bits_uniform", "word_bits_frequencies"}
+    neither |= {
+        "code_bits_frequencies",
+        "code_bits_uniform",
+        "word_bits_frequencies",
+        "word_bits_uniform",
+    }
     neither |= {"r_precision_chance", "r_precision_real"}
     assert {*LOWER, *HIGHER, *neither} - sampled == {*protocol.HELD_OUT}
 

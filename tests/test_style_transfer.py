@@ -160,7 +160,7 @@ def test_an_update_is_that_of_a_plain_reference():
     for a, b in zip(found, wanted, strict=True):
         deviations = [(x.var((2, 3), correction=0) + 1e-5).sqrt() for x in (a, b)]
         style = style + F.mse_loss(a.mean((2, 3)), b.mean((2, 3))) + F.mse_loss(*deviations)
-    loss = F.mse_loss(found[-1], goal) + recipe.step.style * style
+    loss = F.mse_loss(found[-1], goal) + recipe.step.style_weight * style
     loss.backward()
     adam.step()
 
@@ -355,7 +355,7 @@ def test_settings_that_cannot_be_trained_with_are_refused(vgg_file, capsys):
     for more, words in {
         ("--vgg", "nowhere.pth", "--styler.width", "64"): "--vgg nowhere.pth: there is no such",
         ("--vgg", str(vgg_file)): "--styler.width 8: the layers of --vgg are 64 wide",
-        ("--style", "-1"): "--style -1.0 must not be negative",
+        ("--style-weight", "-1"): "--style-weight -1.0 must not be negative",
         ("--data.resolution", "8"): "--data.resolution 8 is too small",
         ("--data.resolution", "36"): "--data.resolution 36 is no multiple of 8",
         ("--styler.levels", "5"): "--styler.levels 5",

@@ -78,6 +78,14 @@ def test_wrong_commands(run, inputs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_that_cannot_be_read_is_left_out(run, inputs, tmp_path, capsys):
+    good = {path.stem for path in inputs.iterdir()}
+    (inputs / "a_torn.png").write_bytes(b"no image")
+    error = refused(capsys, 1, run, inputs, "--out", tmp_path / "out")
+    assert "left out: " in error and "a_torn.png" in error
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == good
+
+
 def test_verbs_for_models_with_latents_say_what_there_is_instead(run, capsys):
     assert sample.main([str(run)]) == 2
     assert "engine.translate" in capsys.readouterr().err

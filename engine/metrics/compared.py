@@ -34,8 +34,9 @@ class ComparedEvaluator:
         self.ranks, self._held_out = ranks, HeldOut.open(recipe, ranks)
         if self._held_out is None:
             raise ValueError(
-                f"data.name={recipe.data.name} has no held-out images to measure on: leave "
-                f"--metrics.every-kimg at 0"
+                f"data.name={recipe.data.name} has no held-out images to measure on: give it "
+                f"some (for celeba list_eval_partition.txt says which; README's table of datasets "
+                f"has the others), or leave --metrics.every-kimg at 0"
             )
 
     def protocol(self, averaged: bool) -> ComparedProtocol:

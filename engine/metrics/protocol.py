@@ -11,7 +11,7 @@ HELD_OUT = (
     *("accuracy", "nmi", "cycle_A", "cycle_B", "code_perplexity", "codes_in_use"),
     *("content", "style"),
     *("code_bits", "code_bits_frequencies", "code_bits_uniform"),
-    *("word_bits", "word_bits_frequencies"),
+    *("word_bits", "word_bits_frequencies", "word_bits_uniform"),
     *("r_precision", "r_precision_chance", "r_precision_real"),
 )
 """Figures of `engine.metrics.held_out`, which have images of their own."""

@@ -64,6 +64,9 @@ class Matching(Algorithm):
             " in place of Inception-v3: not the paper's encoder",
         )
 
+    def uses(self) -> dict[str, str]:
+        return {"text to image": "python -m engine.train attngan_birds --damsm RUN_DIR"}
+
     def gathered(self, data: Data) -> int:
         return FLOAT * exchanged(self.encoders.network, data)
 

@@ -3,7 +3,7 @@
 Huang and Belongie 2017, https://arxiv.org/abs/1703.06868, section 5: of content images c and style
 images s, t = AdaIN(f(c), f(s)) and g the decoder, minimise
 
-    |f(g(t)) - t|^2 + style sum_i (|mean(phi_i(g(t))) - mean(phi_i(s))|^2
+    |f(g(t)) - t|^2 + style_weight sum_i (|mean(phi_i(g(t))) - mean(phi_i(s))|^2
                                    + |std(phi_i(g(t))) - std(phi_i(s))|^2)
 
 (equations 11 to 13) where f is the encoder up to relu4_1 and phi_i its relu1_1, relu2_1, relu3_1
@@ -34,15 +34,15 @@ class Stylising(Algorithm):
     """A fixed encoder and a decoder, one player."""
 
     styler: PlayerSettings
-    style: float = 10.0
+    style_weight: float = 10.0
     """Weight of the distance of the features' means and standard deviations from the style's."""
     vgg: Path | None = None
     """VGG19's weights for the encoder: torchvision's file (.pth), or .safetensors; none takes
     random ones. Checkpoints keep them: a run translates without the file."""
 
     def check(self) -> None:
-        if self.style < 0:
-            raise ValueError(f"--style {self.style} must not be negative")
+        if self.style_weight < 0:
+            raise ValueError(f"--style-weight {self.style_weight} must not be negative")
         width = self.styler.network.width
         if self.vgg and width != VGG_WIDTH:
             raise ValueError(
@@ -94,7 +94,7 @@ class Stylising(Algorithm):
         styler = players["styler"]
         if self.vgg:
             fill(styler, read_state(self.vgg, styler.network.encoder))
-        loss = partial(stylising_update, style=self.style)
+        loss = partial(stylising_update, style=self.style_weight)
 
         def step(batch: Batch) -> Values:
             return styler.update(loss, batch.images_NCHW, batch.pair_NCHW)

@@ -145,8 +145,7 @@ class TextToCodes(Quantised):
     ) -> dict[str, float]:
         """The autoencoder's figures; the mean bits of a code given the caption, beside those of the
         codes' own frequencies in these very images (which no model of single codes goes below) and
-        those of codes that are all alike; the mean bits of a word, beside its frequencies'. The end
-        of a caption counts as a word."""
+        those of codes that are all alike; the same of words, of which a caption's end is one."""
         figures = super().summarise(values, labels_N, without)
         word_M = values["word"].long().flatten()
         word_M = word_M[word_M != NONE]
@@ -157,6 +156,7 @@ class TextToCodes(Quantised):
             "code_bits_uniform": math.log2(self.autoencoder.network.codes),
             "word_bits": float(values["text"].sum()) / len(word_M) / bit,
             "word_bits_frequencies": math.log2(perplexity(torch.bincount(word_M))),
+            "word_bits_uniform": math.log2(self.transformer.network.words),
         }
 
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
