@@ -159,9 +159,9 @@ def test_the_generators_loss_is_the_written_one():
     tokens_NT = torch.randint(20, (4, T), generator=torch.Generator().manual_seed(0))
     read = [part.detach() for part in both.text(tokens_NT, lengths_N)]
     z_NL = noise(4, 10)
-    made = painted(painter, z_NL, *read, lengths_N)
+    whole = painted(painter, z_NL, *read, lengths_N)
     args = (judges, both, *read, lengths_N, labels_N)
-    loss, _ = painter_update(made, *args, ranks=ALONE, matching=5.0)
+    loss, _ = painter_update(whole, *args, ranks=ALONE, matching=5.0)
     mean, log_variance = painter.condition(read[1])
     told = mean + (0.5 * log_variance).exp() * z_NL[:, 6:]
     images, _ = painter(z_NL[:, :6], told, read[0], lengths_N)
@@ -175,7 +175,7 @@ def test_the_generators_loss_is_the_written_one():
     expected += 5.0 * sum(damsm.losses(f, Sharpness()))
     expected += 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert made[-1].shape == (4, 3, 16, 16)
+    assert images[-1].shape == (4, 3, 16, 16)
 
 
 def test_a_wrong_caption_is_that_of_the_next_image_of_all_ranks(monkeypatch):

@@ -188,7 +188,7 @@ def test_bad_commands(run, grey_run, mask, tmp_path, capsys):
     assert "leave --direction" in refused(capsys, 2, run, given, *masked, "--direction", "AtoB")
     assert "--tile" in refused(capsys, 2, run, given, *masked, "--tile", "64")
     scan = scans(tmp_path / "scans", 1, SIZE) / "00.png"
-    assert "--data.channels 1" in refused(capsys, 2, run, scan, *masked)
+    assert "--data.channels 1" in refused(capsys, 1, run, scan, *masked)
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "b.png").write_bytes(b"no image")
     assert "b.png" in refused(capsys, 1, run, tmp_path / "torn", *masked)
