@@ -27,6 +27,7 @@ from engine.export import source
 from engine.networks.load import rebuild
 from engine.run import RunError
 from engine.trained import Model
+from engine.translation import Direction, Translation
 from engine.world import choose_device
 
 CONFIG = "config.json"
@@ -35,15 +36,27 @@ FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "program": "m
 SUFFIXES = tuple(Path(name).suffix for name in FILES.values())
 UNVERIFIED = "not verified: a file without its export's folder"
 
+OF_IMAGES = (
+    "this export makes images of images: python -m engine.translate EXPORT INPUT... --out DIR does"
+)
+OF_LATENTS = (
+    "this export makes images from latent vectors: python -m engine.sample EXPORT --out grid.png "
+    "does"
+)
+MAKES_ALONE = "an export holds only what makes images"
+ONE_CHECKPOINT = "an export holds the weights of one checkpoint"
+
 Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Exported(Model):
-    """An export, ready to sample from."""
+    """An export, ready to sample from or to translate by."""
 
     config: dict[str, Any]
     run: Forward
+    takes: Translation | None
+    """How it takes images, if it makes images of images."""
 
     @property
     def channels(self) -> int:
@@ -54,6 +67,8 @@ class Exported(Model):
         return self.config["images"]["resolution"]
 
     def latent_dim(self) -> int:
+        if self.takes:
+            raise ValueError(OF_IMAGES)
         return self.config["inputs"][0]["shape"][1]
 
     def classes(self) -> int:
@@ -61,6 +76,14 @@ class Exported(Model):
 
     def forward(self, z_NL: Tensor) -> Tensor:
         return self.run(z_NL)
+
+    def translation(self) -> Translation:
+        if self.takes is None:
+            raise ValueError(OF_LATENTS)
+        return self.takes
+
+    def translate(self, images_NCHW: Tensor, direction: Direction) -> Tensor:
+        return self.run(images_NCHW)
 
 
 def is_export(path: Path) -> bool:
@@ -92,7 +115,14 @@ def open_export(path: Path, device: str = "auto", warn: Callable[[str], None] = 
         seen, weights = config["checkpoint"], config["checkpoint"]["ema"]
         digest = seen["sha256"] if verified else UNVERIFIED
         opened = Exported(
-            config["recipe"]["name"], seen["images"], weights, place, digest, config, run
+            config["recipe"]["name"],
+            seen["images"],
+            weights,
+            place,
+            digest,
+            config,
+            run,
+            _takes(config),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} holds no configuration of an export ({error!r})") from None
@@ -104,6 +134,14 @@ def open_export(path: Path, device: str = "auto", warn: Callable[[str], None] = 
     if file.suffix.lower() == ".safetensors":
         _compare_source(config, file, warn)
     return opened
+
+
+def check_flags(place: Path, *flags: tuple[str, bool, str]) -> None:
+    """Raise ValueError for the first flag, of (flag, whether it was given, why), that needs a run
+    and was given with an export."""
+    for flag, given, reason in flags:
+        if given:
+            raise ValueError(f"{flag} needs the run directory, not {place}: {reason}")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -133,8 +171,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _takes(config: dict[str, Any]) -> Translation | None:
+    if "translation" not in config:
+        return None
+    way, facts = config["translation"]["direction"], dict(config["translation"])
+    del facts["direction"]
+    return Translation((way,) if way else (), **facts)
+
+
 def _choose_file(folder: Path) -> Path:
-    """The file of an export folder to sample from, whole."""
+    """The file of an export folder to take, whole."""
     config = read_config(folder)
     if config is None:
         raise ValueError(f"{folder} is neither a run directory nor an export of Saddle")
@@ -182,8 +228,8 @@ def _open_onnx(
     config = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
     name = config["inputs"][0]["name"]
 
-    def run(z_NL: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: z_NL.numpy()})[0])
+    def run(given: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: given.numpy()})[0])
 
     return config, run, torch.device("cpu")
 

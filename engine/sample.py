@@ -31,7 +31,7 @@ import tyro
 from engine import draw, draw_caption
 from engine.checkpoint import CheckpointError
 from engine.draw import Command, SampleError
-from engine.exported import is_export, open_export
+from engine.exported import MAKES_ALONE, ONE_CHECKPOINT, check_flags, is_export, open_export
 from engine.run import RunError
 from engine.trained import Model, open_run
 from engine.verb import exit_code, say, warn
@@ -101,20 +101,19 @@ def open_model(command: Command) -> Model:
     """The run or the export that a command names. Raises ValueError, FAILURES."""
     if not is_export(command.run_dir):
         return open_run(command.run_dir, command.checkpoint, command.ema, command.device, warn)
-    only_latents = "an export holds only what makes images from latent vectors"
-    single = "an export holds the weights of one checkpoint"
-    for flag, given, reason in (
-        ("--reconstruct", command.reconstruct, only_latents),
-        ("--traverse", command.traverse, only_latents),
-        ("--attention", command.attention, only_latents),
-        ("--anomaly", command.anomaly, only_latents),
-        ("--caption", command.caption is not None, only_latents),
-        ("--checkpoint", command.checkpoint is not None, single),
-        ("--no-ema", not command.ema, single),
-    ):
-        if given:
-            raise ValueError(f"{flag} needs the run directory, not {command.run_dir}: {reason}")
-    return open_export(command.run_dir, command.device, warn)
+    check_flags(
+        command.run_dir,
+        ("--reconstruct", command.reconstruct, MAKES_ALONE),
+        ("--traverse", command.traverse, MAKES_ALONE),
+        ("--attention", command.attention, MAKES_ALONE),
+        ("--anomaly", command.anomaly, MAKES_ALONE),
+        ("--caption", command.caption is not None, MAKES_ALONE),
+        ("--checkpoint", command.checkpoint is not None, ONE_CHECKPOINT),
+        ("--no-ema", not command.ema, ONE_CHECKPOINT),
+    )
+    model = open_export(command.run_dir, command.device, warn)
+    model.latent_dim()  # or it says what is to be used instead
+    return model
 
 
 def run_command(command: Command) -> None:

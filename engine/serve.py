@@ -112,7 +112,9 @@ def open_model(command: Command) -> Model:
         raise ValueError(
             f"{flag} needs the run directory: an export holds one checkpoint's weights"
         )
-    return open_export(command.run_dir, command.device, warn)
+    model = open_export(command.run_dir, command.device, warn)
+    model.latent_dim()  # or it says what is to be used instead
+    return model
 
 
 def listen(host: str, port: int | None) -> socket.socket:

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from torch import Tensor, nn
 
 from engine.networks.spec import Network
+from engine.translation import Direction, Translation
 from kernels import dispatch
 from pipelines.settings import Data
 
@@ -140,22 +141,7 @@ NEEDS_CAPTION = (
     "this recipe's model draws what a caption says: python -m engine.sample RUN_DIR --caption "
     "'TEXT' does"
 )
-Direction = Literal["AtoB", "BtoA"]
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-
-
-@dataclass(frozen=True)
-class Translation:
-    """How a model that makes images of images takes them."""
-
-    directions: tuple[Direction, ...] = ()
-    """From which domain to which, if there are two; the first is what is done unasked."""
-    multiple: int = 1
-    """What height and width must be multiples of."""
-    scale: int = 1
-    """By what factor the images that it makes are larger."""
-    reach: int | None = None
-    """How far around a place it looks, in pixels of the given image; none: at all of it."""
+NO_TRANSLATION = "this recipe's model does not translate images"
 
 
 @dataclass(frozen=True)
@@ -299,11 +285,21 @@ class Algorithm:
 
     def translation(self, data: Data) -> Translation:
         """How `translate`, or `repair`, takes images."""
-        raise ValueError("this recipe's model does not translate images")
+        raise ValueError(NO_TRANSLATION)
 
     def translate(self, networks: "Networks", images_NCHW: Tensor, direction: Direction) -> Tensor:
         """Images of the other domain or of the larger size, float32 in [-1, 1]."""
-        raise ValueError("this recipe's model does not translate images")
+        raise ValueError(NO_TRANSLATION)
+
+    def translator(self, networks: "Networks", data: Data, direction: Direction) -> nn.Module:
+        """What makes the images that `translate` does of images alone, in the mode that the
+        networks are in; it shares their weights. Its settings say if it takes any size."""
+        raise ValueError(NO_TRANSLATION)
+
+    def translator_settings(self, direction: Direction) -> Network:
+        """Sizes whose `build` gives the module that `translator` does, for whoever has only its
+        weights."""
+        raise ValueError(NO_TRANSLATION)
 
     def stylise(
         self, networks: "Networks", images_NCHW: Tensor, style_NCHW: Tensor, alpha: float

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.settings import Translation
+from engine.translation import Translation
 
 SIDE = 256
 """Of the squares: 16 residual blocks look 40 pixels around them, so this costs 1.7 times the work
@@ -28,13 +28,19 @@ def check_side(side: int | None, kind: Translation) -> None:
         raise ValueError("--tile is for models that look at a part of the image: leave it out")
 
 
-def padded(images_NCHW: Tensor, multiple: int) -> Tensor:
+def padded(images_NCHW: Tensor, multiple: int, least: int = 1) -> Tensor:
     """With more below and on the right, by reflection where there is enough to reflect, so that
-    height and width are multiples of that."""
+    height and width are multiples of that, and at least so large."""
     height, width = images_NCHW.shape[2:]
-    right, below = -width % multiple, -height % multiple
+    wide, high = padded_side(width, multiple, least), padded_side(height, multiple, least)
+    right, below = wide - width, high - height
     mode = "reflect" if right < width and below < height else "replicate"
     return F.pad(images_NCHW, (0, right, 0, below), mode)
+
+
+def padded_side(side: int, multiple: int, least: int) -> int:
+    """What height or width becomes."""
+    return max(side + -side % multiple, least)
 
 
 def in_tiles(

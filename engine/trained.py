@@ -21,6 +21,7 @@ from engine.run import RunError, read_recipe
 from engine.session import build_networks
 from engine.settings import Networks, Recipe
 from engine.stored import CheckpointError, Loaded
+from engine.translation import Direction, Translation
 from engine.world import choose_device
 from kernels import philox
 from pipelines.settings import Data
@@ -32,7 +33,7 @@ Choice = int | Literal["best"] | None  # a checkpoint: of so many images, the be
 
 @dataclass(frozen=True)
 class Model:
-    """What makes images from latent vectors, at one checkpoint of a run."""
+    """What makes images from latent vectors or of images, at one checkpoint of a run."""
 
     name: str
     """Name of the recipe."""
@@ -68,7 +69,15 @@ class Model:
 
     def reconstruct(self, images_NCHW: Tensor) -> Tensor:
         """What it makes of given images, on its device. Raises ValueError where it cannot."""
-        raise ValueError("an export holds only what makes images from latent vectors")
+        raise ValueError("an export holds only what makes images")
+
+    def translation(self) -> Translation:
+        """How `translate` takes images. Raises ValueError where it makes none of them."""
+        raise NotImplementedError
+
+    def translate(self, images_NCHW: Tensor, direction: Direction) -> Tensor:
+        """Images in [-1, 1] of images (N, C, H, W) that are on the model's device."""
+        raise NotImplementedError
 
     def latents(self, seed: int, position_N: Tensor) -> Tensor:
         """Latent vectors (N, L) of these image numbers (int64 (N,)) of a seed."""
@@ -143,6 +152,12 @@ class Trained(Model):
 
     def reconstruct(self, images_NCHW: Tensor) -> Tensor:
         return self.recipe.step.reconstruct(self.networks, images_NCHW)
+
+    def translation(self) -> Translation:
+        return self.recipe.step.translation(self.recipe.data)
+
+    def translate(self, images_NCHW: Tensor, direction: Direction) -> Tensor:
+        return self.recipe.step.translate(self.networks, images_NCHW, direction)
 
 
 def open_run(

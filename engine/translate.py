@@ -3,7 +3,8 @@ python -m engine.translate RUN_DIR INPUT... --out DIR.
 
 Inputs are image files or folders of them, of any size, grey or colour; what is transparent is laid
 over white. They are padded by reflection to what the networks need, and the result is cut back;
-large ones are enlarged square by square. Each becomes DIR/NAME.png, marked as generated; with
+large ones are enlarged square by square. In place of RUN_DIR an export's folder may stand, or its
+model.safetensors, model.onnx or model.pt2. Each becomes DIR/NAME.png, marked as generated; with
 several images or folders of them for --style, DIR/NAME-STYLE.png. What a mask shows in white is
 repaired, and the rest stays as it is, also in 16-bit grey images.
 
@@ -14,7 +15,7 @@ repaired, and the rest stays as it is, also in 16-bit grey images.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,15 +27,17 @@ from torch import Tensor
 
 from engine import pictures, stylise
 from engine.checkpoint import CheckpointError
+from engine.exported import ONE_CHECKPOINT, check_flags, is_export, open_export
 from engine.repair import Unsuitable, check_mask, masks_of, repaired
 from engine.run import RunError
-from engine.settings import DIRECTIONS, Algorithm, Direction, Translation
-from engine.tiles import check_side, in_tiles, padded
-from engine.trained import Trained, open_run
+from engine.settings import Algorithm
+from engine.tiles import check_side, in_tiles, padded, padded_side
+from engine.trained import Model, Trained, open_run
+from engine.translation import DIRECTIONS, Direction, Translation
 from engine.verb import exit_code, say, warn
 from engine.whole import check_place
 from pipelines import layouts
-from pipelines.images import BadImage, decode
+from pipelines.images import BadImage, decode, size_of
 
 FAILURES = (RunError, CheckpointError, BadImage, OSError)
 
@@ -44,7 +47,7 @@ class Command:
     """One translation."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory, as `engine.train` names it at its end."""
+    """Run directory, as `engine.train` names it at its end; or an export's folder or file."""
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders of them."""
     out: Path
@@ -106,43 +109,75 @@ def read(path: Path, channels: int) -> Tensor:
 
 @torch.no_grad()
 def translated(
-    trained: Trained, image_NCHW: Tensor, make: stylise.Make, side: int | None
+    image_NCHW: Tensor, make: stylise.Make, kind: Translation, side: int | None
 ) -> Tensor:
     """What `make` makes of an image, of its size times the scale, on the host; in squares of that
     side (see `in_tiles`)."""
-    kind = trained.recipe.step.translation(trained.recipe.data)
     height, width = image_NCHW.shape[2:]
-    given_NCHW = padded(image_NCHW.to(trained.device), kind.multiple)
+    given_NCHW = padded(image_NCHW, kind.multiple, kind.least)
     made_NCHW = in_tiles(make, given_NCHW, kind, side)
     return made_NCHW[:, :, : kind.scale * height, : kind.scale * width]
 
 
-def kind_of(trained: Trained, command: Command) -> Translation:
-    """How the model takes images. Raises ValueError where it takes none, or not as commanded."""
-    step = trained.recipe.step
-    check_mask(trained, command.mask)
-    if type(step).translation is Algorithm.translation:
+def open_model(command: Command) -> Model:
+    """The run or the export that a command names. Raises ValueError, FAILURES."""
+    place = command.run_dir
+    if not is_export(place):
+        return open_run(place, command.checkpoint, command.ema, command.device, warn)
+    check_flags(
+        place,
+        ("--mask", command.mask is not None, "models that repair are not exported"),
+        ("--style", bool(command.style), "models that take a style are not exported"),
+        ("--checkpoint", command.checkpoint is not None, ONE_CHECKPOINT),
+        ("--no-ema", not command.ema, ONE_CHECKPOINT),
+    )
+    return open_export(place, command.device, warn)
+
+
+def kind_of(model: Model, command: Command, styles: dict[str, Path]) -> Translation:
+    """How the model takes images, with the one direction that is commanded where it has any. Raises
+    ValueError where it takes none, or not as commanded."""
+    if isinstance(model, Trained):
+        check_run(model, command.mask)
+    kind = model.translation()
+    check_side(command.tile, kind)
+    whose = model.name if isinstance(model, Trained) else f"the export {command.run_dir}"
+    way = kind.chosen(command.direction, whose)
+    if isinstance(model, Trained):
+        stylise.check_model(model, styles)
+    return replace(kind, directions=(way,) if kind.directions else ())
+
+
+def check_run(trained: Trained, mask: Path | None) -> None:
+    """Raise ValueError where a run's model takes no images, or no mask, or needs one."""
+    check_mask(trained, mask)
+    if type(trained.recipe.step).translation is Algorithm.translation:
         raise ValueError(
             f"{trained.name} makes no images of images: take a run of cyclegan_horse2zebra, "
             f"pix2pix_facades, srgan_x4, inpaint_celeba or style_transfer"
         )
-    kind = step.translation(trained.recipe.data)
-    check_side(command.tile, kind)
-    if command.direction and command.direction not in kind.directions:
-        ways = f"goes {kind.directions[0]} alone" if kind.directions else "has no two domains"
-        raise ValueError(f"{trained.name} {ways}: leave --direction {command.direction} out")
-    return kind
+
+
+def check_sizes(files: dict[str, Path], kind: Translation) -> None:
+    """Raise ValueError for an image that is not of the one size that an export takes."""
+    for path in files.values() if kind.side else ():
+        size = size_of(path)  # none: decoding will say why
+        sides = {padded_side(x, kind.multiple, kind.least) for x in size or ()}
+        if size and sides != {kind.side}:
+            raise ValueError(
+                f"{path} has {size[0]}x{size[1]} pixels, and this export takes {kind.side}x"
+                f"{kind.side} alone: resize it, or give the run directory"
+            )
 
 
 def makers(
-    trained: Trained, command: Command, kind: Translation, styles: dict[str, Path]
+    model: Model, command: Command, kind: Translation, styles: dict[str, Path]
 ) -> dict[str, stylise.Make]:
     """What makes images of images, by the style, or alone without a name. Raises BadImage."""
     if styles:
-        images = {name: read(path, trained.channels) for name, path in styles.items()}
-        return {name: stylise.maker(trained, x, command.alpha) for name, x in images.items()}
-    direction = command.direction or (kind.directions or DIRECTIONS)[0]
-    return {"": partial(trained.recipe.step.translate, trained.networks, direction=direction)}
+        images = {name: read(path, model.channels) for name, path in styles.items()}
+        return {name: stylise.maker(model, x, command.alpha) for name, x in images.items()}
+    return {"": partial(model.translate, direction=(kind.directions or DIRECTIONS)[0])}
 
 
 def how(command: Command, kind: Translation, styles: dict[str, Path]) -> str:
@@ -152,7 +187,7 @@ def how(command: Command, kind: Translation, styles: dict[str, Path]) -> str:
     if styles:
         return f"in the style of {', '.join(styles)}"
     if kind.directions:
-        return command.direction or kind.directions[0]
+        return kind.directions[0]
     return f"{kind.scale} times larger"
 
 
@@ -171,20 +206,20 @@ def run_command(command: Command) -> None:
                 f"--out {command.out} would replace the input {place.name}: give another"
             )
         check_place(place)
-    trained = open_run(command.run_dir, command.checkpoint, command.ema, command.device, warn)
-    kind = kind_of(trained, command)
-    stylise.check_model(trained, styles)
-    makes = makers(trained, command, kind, styles)
-    say(f"{trained.name} at {trained.images:,} images, {how(command, kind, styles)}")
-    origin, left_out = trained.origin(0, composite=bool(masks)), []
+    model = open_model(command)
+    kind = kind_of(model, command, styles)
+    check_sizes(files, kind)
+    makes = makers(model, command, kind, styles)
+    say(f"{model.name} at {model.images:,} images, {how(command, kind, styles)}")
+    origin, left_out = model.origin(0, composite=bool(masks)), []
     for given_name, style, name in wanted:
         path = files[given_name]
         try:
             if masks:
-                picture = repaired(trained, path, masks[given_name])
+                picture = repaired(model, path, masks[given_name])
             else:
-                image_NCHW = read(path, trained.channels)
-                made_NCHW = translated(trained, image_NCHW, makes[style], command.tile)
+                given_NCHW = read(path, model.channels).to(model.device)
+                made_NCHW = translated(given_NCHW, makes[style], kind, command.tile)
                 picture = pictures.grid(made_NCHW, pad=0, least=0)
         except (BadImage, Unsuitable) as error:
             left_out.append(str(error))

@@ -15,11 +15,13 @@ from PIL import Image
 
 from engine.export import __main__ as command
 from engine.export import card, folder, source, write
+from engine.export.subject import subject_of
 from engine.networks.load import rebuild
 from engine.networks.spectral import folded
 from engine.recipe import image_spec, names
 from engine.session import build_networks
 from engine.trained import open_run
+from engine.translation import DIRECTIONS
 from tests.runs import toy
 from tests.trained import refused_by, trained
 
@@ -154,7 +156,7 @@ def test_a_form_that_differs_fails_the_export(
         state = {
             k: v + 0.01 if v.is_floating_point() else v for k, v in module.state_dict().items()
         }
-        twin = folder.portable(open_run(gan))
+        twin = folder.portable(subject_of(open_run(gan)).module)
         twin.load_state_dict(state)
         right(twin, config, latents, path)
 
@@ -206,7 +208,7 @@ def test_a_network_that_diverged_is_refused(gan: Path, tmp_path: Path) -> None:
     run = open_run(gan, device="cpu")
     run.networks["generator"][1].weight[0] = torch.nan
     with pytest.raises(source.ExportError, match="not numbers"):
-        folder.write_export(run, gan, ["safetensors"], tmp_path / "out", print)
+        folder.write_export(run, subject_of(run), gan, ["safetensors"], tmp_path / "out", print)
     assert not list(tmp_path.iterdir())
 
 
@@ -313,6 +315,31 @@ def test_every_recipe_s_sampler_can_be_rebuilt_from_what_an_export_says(name: st
     made_NCHW = again(z_NL)
     assert torch.equal(made_NCHW, sampler(z_NL)) and made_NCHW.dtype == torch.float32
     assert made_NCHW.abs().max() <= 1
+
+
+TRANSLATORS = ("cyclegan_horse2zebra", "pix2pix_facades", "srgan_x4")
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_s_translator_can_be_rebuilt_from_what_an_export_says(name: str) -> None:
+    recipe, _ = toy(name)
+    step, networks = recipe.step, build_networks(recipe)
+    for way in DIRECTIONS:
+        if name not in TRANSLATORS:
+            with pytest.raises(ValueError, match="does not translate images"):
+                step.translator(networks, recipe.data, way)
+            with pytest.raises(ValueError, match="does not translate images"):
+                step.translator_settings(way)
+            continue
+        settings = step.translator_settings(way)
+        translator = step.translator(networks, recipe.data, way).eval()
+        config = {"network": write.describe(settings), "images": vars(image_spec(recipe))}
+        assert source.bundle(source.modules(config["network"]))
+        again = rebuild(json.loads(json.dumps(config)), translator.state_dict())
+        given_NCHW = torch.rand(2, 3, 32, 32) * 2 - 1
+        made_NCHW = again(given_NCHW)
+        assert torch.equal(made_NCHW, step.translate(networks, given_NCHW, way))
+        assert made_NCHW.dtype == torch.float32
 
 
 def test_the_source_that_goes_along(tmp_path: Path) -> None:

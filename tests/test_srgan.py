@@ -26,9 +26,9 @@ from engine.networks.vgg import Vgg19, read_vgg
 from engine.pictures import grid
 from engine.recipe import load
 from engine.session import build_networks
-from engine.settings import Translation
 from engine.steps.super_resolution import bicubic
 from engine.tiles import check_side, in_tiles
+from engine.translation import Translation
 from pipelines.batch import Batch
 from pipelines.finish import smaller
 from pipelines.images import BadImage

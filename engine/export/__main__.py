@@ -2,9 +2,11 @@
 
 The folder holds the model as safetensors with the source that loads it, as ONNX and as a program
 of torch.export, each compared with the PyTorch model, a model card and samples. `engine.sample`
-takes the folder or any of its files in place of a run directory.
+takes the folder or any of its files in place of a run directory; `engine.translate` does for a
+model that makes images of images, one direction of which is exported.
 
     python -m engine.export RUN_DIR
+    python -m engine.export RUN_DIR --direction BtoA
     python -m engine.export RUN_DIR --checkpoint best --formats safetensors --out my-model
 """
 
@@ -19,8 +21,11 @@ import tyro
 from engine.checkpoint import CheckpointError
 from engine.export.folder import check_target, write_export
 from engine.export.source import ExportError
+from engine.export.subject import Subject, subject_of
+from engine.networks.spec import Network
 from engine.run import RunError
-from engine.trained import Trained, open_run
+from engine.trained import open_run
+from engine.translation import Direction
 from engine.verb import exit_code, say, warn
 
 FAILURES = (ExportError, RunError, CheckpointError, OSError)
@@ -38,6 +43,9 @@ class Command:
     out: Path | None = None
     """Folder to write; default: RUN_DIR/export. An earlier export there is replaced unless
     somebody changed it; anything else is left alone."""
+    direction: Direction | None = None
+    """From which domain to which, where the model has two; default: the run's own, AtoB where it
+    goes both ways."""
     checkpoint: int | Literal["best"] | None = None
     """Images seen at the checkpoint to take, or the best one measured; default: the newest."""
     ema: bool = True
@@ -62,15 +70,22 @@ def choose_forms(asked: tuple[Form, ...] | None) -> list[Form]:
     return chosen
 
 
-def leave_out(forms: list[Form], asked: tuple[Form, ...] | None, trained: Trained) -> list[Form]:
-    """The forms that the run's sampler can take. Raises ValueError if another is asked for."""
-    if trained.recipe.step.sampler_settings().traceable or forms == ["safetensors"]:
+def leave_out(
+    forms: list[Form], asked: tuple[Form, ...] | None, settings: Network, name: str
+) -> list[Form]:
+    """The forms that the network can take. Raises ValueError if another is asked for."""
+    if settings.traceable or forms == ["safetensors"]:
         return forms
-    reason = f"{trained.name} draws in a loop, which ONNX and torch.export would unroll"
+    reason = f"{name} draws in a loop, which ONNX and torch.export would unroll"
     if asked:
         raise ValueError(f"{reason}: give --formats safetensors")
     say(f"safetensors alone: {reason}")
     return ["safetensors"]
+
+
+def _way(subject: Subject) -> str:
+    directions = subject.kind.directions if subject.kind else ()
+    return f", {directions[0]}" if directions else ""
 
 
 def run_command(command: Command) -> None:
@@ -79,10 +94,11 @@ def run_command(command: Command) -> None:
     target = (command.out or command.run_dir / "export").resolve()
     check_target(target)
     trained = open_run(command.run_dir, command.checkpoint, command.ema, "cpu", warn)
-    forms = leave_out(forms, command.formats, trained)
+    subject = subject_of(trained, command.direction)
+    forms = leave_out(forms, command.formats, subject.settings, trained.name)
     weights = "moving average of the weights" if trained.averaged else "weights as trained"
-    say(f"{trained.name} at {trained.images:,} images, {weights}")
-    write_export(trained, command.run_dir, forms, target, say)
+    say(f"{trained.name} at {trained.images:,} images, {weights}{_way(subject)}")
+    write_export(trained, subject, command.run_dir, forms, target, say)
     say(f"wrote {target}: README.md says how to use it")
 
 

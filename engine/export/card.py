@@ -11,6 +11,7 @@ from typing import Any
 
 from engine import recipe as recipes
 from engine.export.figures import measurements, table
+from engine.export.write import takes_any_size
 from engine.exported import FILES
 from engine.run import read_recipe
 from engine.trained import Trained
@@ -50,10 +51,53 @@ images = generator(torch.randn(16, {latent}))
 """,
 }
 
-LIMITATIONS = """- It shows what its training data shows, and with its imbalances.
+SNIPPETS_OF_IMAGES = {
+    "safetensors": """With PyTorch and safetensors alone, in this folder:
+
+```python
+import torch
+from network import load
+
+given = torch.rand{given} * 2 - 1  # your images, in [-1, 1]
+images = load(".")(given)  # {shape}
+```
+""",
+    "onnx": """With ONNX Runtime:
+
+```python
+import numpy, onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+given = numpy.random.uniform(-1, 1, {given}).astype("float32")  # your images
+images = session.run(None, {{"images": given}})[0]
+```
+""",
+    "program": """As a program of `torch.export` (PyTorch unpickles parts of it: load it only from a
+source that you trust):
+
+```python
+import torch
+
+given = torch.rand{given} * 2 - 1  # your images, in [-1, 1]
+images = torch.export.load("model.pt2").module()(given)
+```
+""",
+}
+
+SEEN = """- It shows what its training data shows, and with its imbalances.
 - It may come close to single training images; how close was not measured for this card.
-- Its images are generated. Whoever shows them should say so; those that Saddle writes carry the
-  mark `DigitalSourceType: trainedAlgorithmicMedia` and their origin as metadata.
+"""
+SEEN_OF_IMAGES = """- It knows its training data alone, and of all else makes what it learnt there.
+- What it adds to an image was not seen, but guessed.
+"""
+LIMITATIONS = """- Its images are generated. Whoever shows them should say so; those that Saddle
+  writes carry the mark `DigitalSourceType: trainedAlgorithmicMedia` and their origin as metadata.
+"""
+
+
+GRID = """![64 samples](samples.png)
+
+The first 64 images of seed 0, none left out.
 """
 
 
@@ -62,29 +106,29 @@ def write(
 ) -> str:
     """The card's text."""
     parts = [
-        _header(trained, differences),
+        _header(trained, config, differences),
         f"# {trained.name}\n",
         _what(trained, config),
-        "![64 samples](samples.png)\n",
-        "The first 64 images of seed 0, none left out.\n",
+        *([] if "translation" in config else [GRID]),
         "## Use\n",
-        *_uses(trained, differences),
+        *_uses(trained, config, differences),
         "## Training\n",
         _training(trained, run_dir),
         "## Figures\n",
         _figures(trained, run_dir),
         "## Limitations\n",
-        LIMITATIONS,
+        (SEEN_OF_IMAGES if "translation" in config else SEEN) + LIMITATIONS,
         "## Provenance\n",
         _provenance(config, differences),
     ]
     return "\n".join(parts)
 
 
-def _header(trained: Trained, differences: dict[str, float]) -> str:
+def _header(trained: Trained, config: dict[str, Any], differences: dict[str, float]) -> str:
     formats = {"safetensors": "safetensors", "onnx": "onnx", "program": "torch-export"}
     tags = ["saddle", trained.name, *(formats[form] for form in differences)]
-    lines = ["library_name: pytorch", "pipeline_tag: unconditional-image-generation", "tags:"]
+    task = "image-to-image" if "translation" in config else "unconditional-image-generation"
+    lines = ["library_name: pytorch", f"pipeline_tag: {task}", "tags:"]
     return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---", ""])
 
 
@@ -95,14 +139,40 @@ def _what(trained: Trained, config: dict[str, Any]) -> str:
     weights = "moving average of the weights" if trained.averaged else "weights as trained"
     kind = "grey" if trained.channels == 1 else "RGB"
     side = trained.resolution
+    named = f"{about}\n\n`{config['network']['class']}`, {weights}"
+    if "translation" in config:
+        return f"{named}{_translation(config['translation'], kind)}"
     return (
-        f"{about}\n\n`{config['network']['class']}`, {weights}. In: latent vectors of "
+        f"{named}. In: latent vectors of "
         f"{trained.latent_dim()} standard normal numbers. Out: {kind} images of {side} x {side} "
         f"pixels in [-1, 1]; `(images + 1) * 127.5` gives bytes.\n"
     )
 
 
-def _uses(trained: Trained, differences: dict[str, float]) -> list[str]:
+def _translation(facts: dict[str, Any], kind: str) -> str:
+    """The same of what makes images of images."""
+    way = f", {facts['direction']}" if facts["direction"] else ""
+    if side := facts["side"]:
+        sizes = f"{side} x {side} pixels alone, for which its noise is fixed"
+    else:
+        sizes = "any height and width"
+        if facts["multiple"] > 1:
+            sizes += f" that are multiples of {facts['multiple']}, at least {facts['least']}"
+    larger = f"{facts['scale']} times as large" if facts["scale"] > 1 else "of the same size"
+    return (
+        f"{way}. In: {kind} images (N, C, H, W) in [-1, 1], `bytes / 127.5 - 1`, of {sizes}. Out: "
+        f"such images, {larger}; `((images + 1) * 127.5).clip(0, 255)` gives bytes.\n"
+    )
+
+
+def _uses(trained: Trained, config: dict[str, Any], differences: dict[str, float]) -> list[str]:
+    if facts := config.get("translation"):
+        channels, side = trained.channels, trained.resolution
+        small = side // facts["scale"]
+        given, shape = (1, channels, small, small), (1, channels, side, side)
+        parts = [SNIPPETS_OF_IMAGES[form].format(given=given, shape=shape) for form in differences]
+        command = "python -m engine.translate FOLDER_OR_FILE INPUT... --out DIR"
+        return [*parts, f"With Saddle, from any of them, image files: `{command}`.\n"]
     shape = (16, trained.channels, trained.resolution, trained.resolution)
     parts = [
         SNIPPETS[form].format(latent=trained.latent_dim(), shape=shape) for form in differences
@@ -151,12 +221,13 @@ def _figures(trained: Trained, run_dir: Path) -> str:
 
 
 def _provenance(config: dict[str, Any], differences: dict[str, float]) -> str:
+    at = "batch 1 and 5" + (", of two sizes" if takes_any_size(config) else "")
     checks = ", ".join(f"{FILES[form]} {worst:.1g}" for form, worst in differences.items())
     versions = ", ".join(f"{name} {number}" for name, number in config["versions"].items())
     return (
         f"- checkpoint: SHA-256 of its index `{config['checkpoint']['sha256']}`\n"
         f"- recipe `{config['recipe']['name']}`, source SHA-256 "
         f"`{config['recipe']['source_sha256']}`; all settings in `config.json`\n"
-        f"- largest difference of a pixel from the PyTorch model, at batch 1 and 5: {checks}\n"
+        f"- largest difference of a pixel from the PyTorch model, at {at}: {checks}\n"
         f"- versions: {versions}\n"
     )

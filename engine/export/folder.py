@@ -4,7 +4,7 @@ whole or not at all.
     model.safetensors  model.onnx  model.pt2     the forms
     config.json                                  what they are, their inputs and outputs
     network/                                     the source that rebuilds the first of them
-    README.md  samples.png                       the model card
+    README.md  samples.png                       the model card; samples where it makes some
 """
 
 import copy
@@ -23,6 +23,7 @@ from torch import nn
 from engine import pictures, recipe, run
 from engine.export import card, source
 from engine.export.source import ExportError
+from engine.export.subject import Subject, ends
 from engine.export.write import describe, write_form
 from engine.exported import CONFIG, FILES, changed_files, file_digest, read_config
 from engine.networks.spectral import folded
@@ -48,7 +49,12 @@ def check_target(folder: Path) -> None:
 
 
 def write_export(
-    trained: Trained, run_dir: Path, forms: list[str], target: Path, say: Callable[[str], None]
+    trained: Trained,
+    subject: Subject,
+    run_dir: Path,
+    forms: list[str],
+    target: Path,
+    say: Callable[[str], None],
 ) -> None:
     """Write these forms of a run's model as the folder `target`. Raises ExportError."""
     check_target(target)
@@ -56,17 +62,22 @@ def write_export(
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         scratch.mkdir()
-        _fill(trained, run_dir, forms, scratch, say)
+        _fill(trained, subject, run_dir, forms, scratch, say)
         _move_into_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _fill(
-    trained: Trained, run_dir: Path, forms: list[str], folder: Path, say: Callable[[str], None]
+    trained: Trained,
+    subject: Subject,
+    run_dir: Path,
+    forms: list[str],
+    folder: Path,
+    say: Callable[[str], None],
 ) -> None:
-    module = portable(trained)
-    config = configuration(trained, run_dir)
+    module = portable(subject.module)
+    config = configuration(trained, subject, run_dir)
     differences = {}
     for form in forms:
         differences[form] = write_form(form, module, config, folder)
@@ -76,9 +87,10 @@ def _fill(
         (folder / "network").mkdir()
         for name, text in source.bundle(source.modules(config["network"])).items():
             (folder / "network" / name).write_text(text)
-    images_NCHW = torch.cat(list(trained.samples(SEED, SAMPLES, SAMPLES)))
-    picture = pictures.grid(images_NCHW)
-    pictures.save(picture, folder / "samples.png", trained.origin(SEED))
+    if subject.kind is None:
+        images_NCHW = torch.cat(list(trained.samples(SEED, SAMPLES, SAMPLES)))
+        picture = pictures.grid(images_NCHW)
+        pictures.save(picture, folder / "samples.png", trained.origin(SEED))
     (folder / "README.md").write_text(card.write(trained, run_dir, config, differences))
     files = {str(p.relative_to(folder)): file_digest(p) for p in folder.rglob("*") if p.is_file()}
     whole = config | {"largest_difference": differences, "files": dict(sorted(files.items()))}
@@ -98,36 +110,28 @@ def _move_into_place(scratch: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def portable(trained: Trained) -> nn.Module:
+def portable(module: nn.Module) -> nn.Module:
     """A copy of what makes a run's images: on the CPU, in eval mode, with contiguous weights.
 
-    Raises ExportError for a network that diverged, ValueError for a recipe that has none.
+    Raises ExportError for a network that diverged.
     """
-    module = folded(copy.deepcopy(trained.recipe.step.sampler(trained.networks)).cpu())
+    module = folded(copy.deepcopy(module).cpu())
     module = module.to(memory_format=torch.contiguous_format).requires_grad_(False)
     if not all(t.isfinite().all() for t in module.state_dict().values()):
         raise ExportError("the network holds values that are not numbers: take another checkpoint")
     return module
 
 
-def configuration(trained: Trained, run_dir: Path) -> dict[str, Any]:
-    """What every form of an export says of itself. Raises ExportError, ValueError."""
+def configuration(trained: Trained, subject: Subject, run_dir: Path) -> dict[str, Any]:
+    """What every form of an export says of itself. Raises ExportError."""
     _, _, stored = run.read_recipe(run_dir)
-    settings = trained.recipe.step.sampler_settings()
-    network = describe(settings)
+    network = describe(subject.settings)
     bundle = source.bundle(source.modules(network))
     network |= {"source_sha256": source.digest(bundle)}
-    side, channels, classes = trained.resolution, trained.channels, trained.index["classes"]
-    images = {"channels": channels, "resolution": side, "classes": classes}
-    chosen = trained.recipe.step.classes()
-    z = {"name": "z", "shape": ["N", trained.latent_dim()], "dtype": "float32"}
-    made = {"name": "images", "shape": ["N", channels, side, side], "dtype": "float32"}
     return {
         "saddle_export": 1,
         "network": network,
-        "images": images,
-        "inputs": [z | {"distribution": "standard normal", "classes": chosen}],
-        "outputs": [made | {"range": [-1, 1]}],
+        **ends(trained, subject.kind),
         "recipe": {
             "name": trained.name,
             "source_sha256": stored["digest"],

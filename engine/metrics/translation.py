@@ -30,7 +30,8 @@ from engine.metrics.held_out import HeldOut
 from engine.metrics.images import decode, quantised
 from engine.metrics.protocol import Protocol
 from engine.metrics.statistics import Accumulator, FeatureSet
-from engine.settings import DIRECTIONS, Direction, Networks, Recipe
+from engine.settings import Networks, Recipe
+from engine.translation import DIRECTIONS, Direction
 from engine.world import Ranks
 from pipelines.datasets import Dataset
 

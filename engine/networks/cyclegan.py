@@ -120,6 +120,19 @@ class Generators(Network):
 
 
 @dataclass(frozen=True)
+class Translator(Network):
+    """Sizes of one of the two generators, for whoever has only that."""
+
+    width: int = 64
+    """Channels of the first layer."""
+    blocks: int = 9
+    """Residual blocks."""
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        return translator(images.channels, self.width, self.blocks)
+
+
+@dataclass(frozen=True)
 class Discriminators(Network):
     """Sizes of both discriminators and of their pools."""
 

@@ -10,6 +10,7 @@ Shapes: N batch, C channels, H height, W width, M numbers that decide what is dr
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,37 @@ class Generator(Network):
                 f"which {self.depth} halvings reduce it: give --generator.depth fewer"
             )
         return UNet(images.channels, self.width, self.depth).apply(init_normal)
+
+
+class Settled(nn.Module):
+    """A U-Net with the numbers that decide what it drops, for images of one size alone.
+
+    uniform_1M: float32 (1, M), in [0, 1); the same for every image.
+    """
+
+    uniform_1M: Tensor
+
+    def __init__(self, unet: UNet, uniform_1M: Tensor) -> None:
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("uniform_1M", uniform_1M)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1] of such images."""
+        return self.unet(x_NCHW, self.uniform_1M.expand(x_NCHW.shape[0], -1))
+
+
+@dataclass(frozen=True)
+class Translator(Network):
+    """Sizes of the U-Net, for whoever has it with those numbers."""
+
+    generator: Generator = Generator()
+
+    any_size: ClassVar[bool] = False  # another size would take as many other numbers
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        unet, side = self.generator.build(images), images.resolution
+        return Settled(unet, torch.zeros(1, unet.draws(side, side)))
 
 
 class Conditional(nn.Module):

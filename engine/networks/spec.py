@@ -35,6 +35,9 @@ class Network:
     traceable: ClassVar[bool] = True
     """Whether the module is one graph of a sensible size, for ONNX and torch.export."""
 
+    any_size: ClassVar[bool] = True
+    """Whether a module that makes images of images takes other sizes than it was built for."""
+
     def build(self, images: ImageSpec) -> nn.Module:
         """The module with fresh parameters; raises ValueError where the sizes do not fit."""
         raise NotImplementedError

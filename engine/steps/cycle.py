@@ -23,17 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.losses import least_squares_discriminator_loss, least_squares_generator_loss
+from engine.networks.cyclegan import Translator
 from engine.player import Player, frozen
 from engine.pool import exchanged
-from engine.settings import (
-    DIRECTIONS,
-    Algorithm,
-    Direction,
-    Networks,
-    PlayerSettings,
-    Translation,
-    Values,
-)
+from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.translation import DIRECTIONS, Direction, Translation
 from pipelines.batch import Batch
 from pipelines.settings import UNPAIRED, Data
 
@@ -66,12 +60,19 @@ class Cycle(Algorithm):
             )
 
     def translation(self, data: Data) -> Translation:
-        return Translation(DIRECTIONS, multiple=4)  # InstanceNorm looks at the whole image
+        # InstanceNorm looks at the whole image, and needs more than one place of a quarter's size
+        return Translation(DIRECTIONS, multiple=4, least=8)
 
     def translate(self, networks: Networks, images_NCHW: Tensor, direction: Direction) -> Tensor:
         """Images of the other domain, (N, C, H, W) float32 in [-1, 1]; H and W multiples of 4."""
-        generators = networks["generators"]
-        return (generators.to_B if direction == "AtoB" else generators.to_A)(images_NCHW).float()
+        return one_way(networks, direction)(images_NCHW).float()
+
+    def translator(self, networks: Networks, data: Data, direction: Direction) -> nn.Module:
+        return one_way(networks, direction)
+
+    def translator_settings(self, direction: Direction) -> Translator:
+        sizes = self.generators.network
+        return Translator(sizes.width, sizes.blocks)
 
     def gathered(self, data: Data) -> int:
         return 2 * FLOAT * data.channels * data.resolution**2  # translated images, for the pools
@@ -102,6 +103,12 @@ class Cycle(Algorithm):
             return values | critics.update(critics_update, *reals, *shown)
 
         return step
+
+
+def one_way(networks: Networks, direction: Direction) -> nn.Module:
+    """The generator that goes there."""
+    generators = networks["generators"]
+    return generators.to_B if direction == "AtoB" else generators.to_A
 
 
 def from_pools(

@@ -26,8 +26,9 @@ from engine import masks
 from engine.losses import critic_generator_loss, hinge_discriminator_loss
 from engine.networks.inpaint import MULTIPLE
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Networks, PlayerSettings, Translation, Values
+from engine.settings import Algorithm, Networks, PlayerSettings, Values
 from engine.steps.adversarial import opinions
+from engine.translation import Translation
 from kernels import philox
 from pipelines.batch import Batch
 from pipelines.settings import Data

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.losses import ADVERSARIES
+from engine.networks.pix2pix import Settled, Translator
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Direction, Networks, PlayerSettings, Translation, Values
+from engine.settings import Algorithm, Networks, PlayerSettings, Values
 from engine.steps.adversarial import Loss
+from engine.translation import Direction, Translation
 from kernels import philox
 from pipelines.batch import Batch
 from pipelines.settings import PAIRED, Data
@@ -69,10 +71,18 @@ class Paired(Algorithm):
     def translate(self, networks: Networks, images_NCHW: Tensor, direction: Direction) -> Tensor:
         """Images of the other side, (N, C, H, W) float32 in [-1, 1]; the same for the same images.
         There is but one direction."""
-        device = images_NCHW.device
-        position_N = torch.zeros(len(images_NCHW), dtype=torch.int64, device=device)
-        key = philox.make_key(0, device=device)
+        key, position_N = unmoved(len(images_NCHW), images_NCHW.device)
         return make(networks["generator"], images_NCHW, key, position_N).float()
+
+    def translator(self, networks: Networks, data: Data, direction: Direction) -> nn.Module:
+        """With the dropout of images of the data's size."""
+        unet = networks["generator"]
+        count = unet.draws(data.resolution, data.resolution)
+        key, position_1 = unmoved(1, next(unet.parameters()).device)
+        return Settled(unet, philox.uniform(key, DROPOUT, position_1, count))
+
+    def translator_settings(self, direction: Direction) -> Translator:
+        return Translator(self.generator.network)
 
     def remade(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         given_NCHW, goal_NCHW = self.sides(batch)
@@ -104,6 +114,12 @@ class Paired(Algorithm):
                 return values | generator.update_made(made, fool, critic, given_NCHW, goal_NCHW)
 
         return step
+
+
+def unmoved(images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Key and places in the stream of images, (N,), by which dropout is the same each time."""
+    position_N = torch.zeros(images, dtype=torch.int64, device=device)
+    return philox.make_key(0, device=device), position_N
 
 
 def make(generator: nn.Module, given_NCHW: Tensor, key: Tensor, position_N: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from engine.networks.adain import VGG_WIDTH, adain, statistics
 from engine.networks.vgg import read_state
 from engine.player import Player
-from engine.settings import Algorithm, Networks, PlayerSettings, Translation, Values
+from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.translation import Translation
 from pipelines.batch import Batch
 from pipelines.settings import UNPAIRED, Data
 

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.losses import discriminator_loss, nonsaturating_loss
+from engine.networks.spec import Network
 from engine.networks.srgan import doublings
 from engine.networks.vgg import LEAST, read_vgg
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Direction, Networks, PlayerSettings, Translation, Values
+from engine.settings import Algorithm, Networks, PlayerSettings, Values
 from engine.steps.adversarial import opinions
+from engine.translation import Direction, Translation
 from pipelines.batch import Batch
 from pipelines.settings import Data
 
@@ -97,6 +99,12 @@ class SuperResolution(Algorithm):
     def translate(self, networks: Networks, images_NCHW: Tensor, direction: Direction) -> Tensor:
         """The larger images, float32, for [-1, 1]; there is one direction alone."""
         return networks["generator"](images_NCHW).float()
+
+    def translator(self, networks: Networks, data: Data, direction: Direction) -> nn.Module:
+        return networks["generator"]
+
+    def translator_settings(self, direction: Direction) -> Network:
+        return self.generator.network
 
     def remade(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         generator = networks["generator"]
