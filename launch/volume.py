@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from engine.describe import FlopCount, example_batch, few_images, without_data
-from engine.player import Player
+from engine.player import Made, Player
 from engine.session import Session
 from engine.settings import Recipe, Values
 
@@ -112,13 +112,13 @@ class _Tape:
 
     def _watch(self, player: Player) -> None:
         arrived: list[Gradient] = []
-        update, loss_known = player.update, 0
+        update, update_made, loss_known = player.update, player.update_made, 0
 
         def arrive(size: int, _: Tensor) -> None:
             done = (self.count.total - loss_known) / self.images
             arrived.append(Gradient(size, done))
 
-        def recorded(loss_fn: Callable, *args: Any) -> Values:
+        def recorded(call: Callable, loss_fn: Callable, *args: Any) -> Values:
             def marked(*inner: Any) -> tuple[Tensor, Values]:
                 nonlocal loss_known
                 result = loss_fn(*inner)
@@ -126,13 +126,19 @@ class _Tape:
                 arrived.clear()  # of the micro-batch before, which reduces nothing
                 return result
 
-            values = update(marked, *args)
+            values = call(marked, *args)
             assert arrived, f"no gradient of {player.name} was noted"
             backward = (self.count.total - loss_known) / self.images
             self.updates.append(Update(player.name, backward, tuple(arrived)))
             return values
 
-        player.update = recorded
+        def made_recorded(made: Made, *args: Any) -> Values:
+            if made.held is None:  # made again in an update, which is recorded
+                return update_made(made, *args)
+            return recorded(partial(update_made, made), *args)
+
+        player.update = partial(recorded, update)
+        player.update_made = made_recorded
         for p in player.network.parameters():
             if p.requires_grad:
                 p.register_hook(partial(arrive, p.numel() * FLOAT))

@@ -16,6 +16,7 @@ from launch.scaling import communication, compute_seconds, main
 from launch.volume import Gradient, Update, Work, trace
 from tests.runs import ROOT, environment
 
+pytestmark = pytest.mark.timeout(900)  # the first to ask for real runs waits for all of them
 MIB = 2**20
 SYNCHRONISED = "dcgan_celeba --sync-bn on"
 ACCUMULATED = "dcgan_digits --accumulate 2"
@@ -49,7 +50,7 @@ def real(tmp_path_factory) -> dict[str, list[list]]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=850,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
