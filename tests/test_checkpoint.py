@@ -142,7 +142,7 @@ def test_nothing_in_the_engine_unpickles():
         assert not re.search(r"import pickle", source.read_text()), source
         if found := re.findall(r"(?<!safetensors\.)torch\.load\((.*)\)", source.read_text()):
             calls[source.name] = found
-    assert calls.keys() == {"extractor.py", "vgg.py"}
+    assert calls.keys() == {"extractor.py", "weights.py"}
     assert all("weights_only=True" in call for found in calls.values() for call in found)
 
 

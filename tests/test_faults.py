@@ -255,7 +255,11 @@ def test_a_file_system_without_locks_is_no_reason_not_to_train(number, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kills", "more"), [(10, ["--preload"]), (3, ["--ranks", "2", "--steps", "60"])]
+    ("kills", "more"),
+    [
+        pytest.param(10, ["--preload"], marks=pytest.mark.repeated),
+        (3, ["--ranks", "2", "--steps", "60"]),
+    ],
 )
 def test_a_soak_of_kills_loses_no_checkpoint_and_ends_equal(kills, more, tmp_path):
     line = ["-m", "bench.soak", "--kills", str(kills), *more]

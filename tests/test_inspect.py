@@ -48,11 +48,12 @@ def test_names_tell_variants_apart():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-def test_everything_builds_for_ampere_and_hopper():
-    command = [sys.executable, "-m", "kernels.inspect", "--sm", "80", "90"]
+@pytest.mark.parametrize("target", ["80", pytest.param("90", marks=pytest.mark.repeated)])
+def test_everything_builds(target):
+    command = [sys.executable, "-m", "kernels.inspect", "--sm", target]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 * len(VARIANTS)} compiled, 0 beyond a limit" in done.stdout
+    assert f"{len(VARIANTS)} compiled, 0 beyond a limit" in done.stdout
 
 
 def test_nothing_to_compile_is_a_failure():

@@ -242,7 +242,11 @@ def test_two_nodes_of_torchrun_train_what_one_with_two_ranks_does(tmp_path):
     [
         ("MULTI_GPU", "ddp"),
         ("FSDP\nfsdp_config: {fsdp_version: 2}", "fsdp2"),
-        ("DEEPSPEED\ndeepspeed_config: {zero_stage: 1}", "deepspeed-zero1"),
+        pytest.param(
+            "DEEPSPEED\ndeepspeed_config: {zero_stage: 1}",
+            "deepspeed-zero1",
+            marks=pytest.mark.repeated,
+        ),
     ],
 )
 def test_accelerate_launches_two_ranks_in_its_precision_and_way(kind, way, tmp_path):

@@ -43,7 +43,7 @@ def every(steps: int) -> list[str]:
         ("vae_mnist", "required", 1),
         ("dcgan_mnist", "off", 2),
         pytest.param("vae_mnist", "off", 2, marks=[pytest.mark.slow, pytest.mark.repeated]),
-        pytest.param("dcgan_mnist", "required", 2, marks=pytest.mark.slow),
+        pytest.param("dcgan_mnist", "required", 2, marks=[pytest.mark.slow, pytest.mark.repeated]),
     ],
 )
 def test_7_steps_kill_and_13_more_equal_20_unbroken(name, compiled, ranks, tmp_path):
