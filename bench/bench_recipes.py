@@ -1,5 +1,4 @@
-"""Every adversarial recipe beside its plain form (bench/plain.py, bench/plain_translation.py,
-bench/plain_text.py):
+"""Every adversarial recipe beside its plain form (plain.py, plain_translation.py, plain_text.py):
 plain, ours eager, compiled.
 
     pytest bench/bench_recipes.py --benchmark-only
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.plain import PlainGAN, normalised
 from bench.plain_text import PlainText, Reader
-from bench.plain_translation import PlainCycle, PlainPaired
+from bench.plain_translation import PlainCycle, PlainEnlarging, PlainPaired
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
 from engine.describe import cost
@@ -37,6 +36,7 @@ from engine.steps.adversarial import Adversarial
 from engine.steps.cycle import Cycle
 from engine.steps.paired import Paired
 from engine.steps.progressive import Progressive
+from engine.steps.super_resolution import SuperResolution
 from engine.steps.text_to_image import TextToImage
 from pipelines.batch import Batch
 from pipelines.captions import LENGTH
@@ -45,7 +45,7 @@ WARM_UP, ROUNDS = 1, 5
 FEWEST, MOST_FLOPS = 16, 64e9
 CLASSES = 150  # of birds to train on: few images of a batch share theirs
 WIDTHS = ("width", "base", "channels", "hidden")
-FAMILIES = (Adversarial, Progressive, Cycle, Paired, TextToImage)
+FAMILIES = (Adversarial, Progressive, Cycle, Paired, SuperResolution, TextToImage)
 ALL = {name: recipe.load(name) for name in recipe.names()}
 NAMES = [name for name, r in ALL.items() if isinstance(r.step, FAMILIES)]
 
@@ -103,7 +103,7 @@ def plain_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Opti
     return torch.optim.Adam(network.parameters(), settings.lr, settings.betas, settings.eps)
 
 
-Plain = PlainGAN | PlainCycle | PlainPaired | PlainText
+Plain = PlainGAN | PlainCycle | PlainPaired | PlainEnlarging | PlainText
 
 
 def plain_of(given: Recipe, device: torch.device) -> Plain:
@@ -123,6 +123,10 @@ def plain_of(given: Recipe, device: torch.device) -> Plain:
         return PlainCycle(**made, cycle=step.cycle, identity=step.identity)
     if isinstance(step, Paired):
         return PlainPaired(**made, l1=step.l1, reverse=step.direction == "BtoA")
+    if isinstance(step, SuperResolution):
+        return PlainEnlarging(
+            **made, weights=(step.perceptual, step.pixel_weight(), step.adversarial)
+        )
     if isinstance(step, TextToImage):
         return plain_text(step, made)
     latent = players["generator"].network.latent
@@ -182,13 +186,15 @@ def captions_batch(given: Recipe, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def noise_batch(given: Recipe, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Images of noise in [-1, 1], contiguous, a class for each, and a partner."""
+    """Images of noise in [-1, 1], contiguous, a class for each, and a partner, the
+    smaller one where the recipe enlarges."""
     data, generator = given.data, torch.Generator().manual_seed(0)
     shape = (data.batch, data.channels, data.resolution, data.resolution)
     real_NCHW = torch.rand(shape, generator=generator) * 2 - 1
     classes = CLASSES if given.step.reads_captions() else max(given.step.classes(), 1)
     label_N = torch.randint(classes, shape[:1], generator=generator)
-    pair_NCHW = torch.rand(shape, generator=generator) * 2 - 1
+    sides = [side // (data.scale or 1) for side in shape[2:]]
+    pair_NCHW = torch.rand((*shape[:2], *sides), generator=generator) * 2 - 1
     return real_NCHW.to(device), label_N.to(device), pair_NCHW.to(device)
 
 
@@ -197,6 +203,8 @@ def seen_by_plain(given: Recipe, device: torch.device) -> tuple[Tensor, ...]:
     real_NCHW, label_N, pair_NCHW = noise_batch(given, device)
     if isinstance(given.step, Cycle | Paired):
         return real_NCHW, pair_NCHW
+    if isinstance(given.step, SuperResolution):
+        return pair_NCHW, real_NCHW
     if isinstance(given.step, TextToImage):
         return real_NCHW, label_N, *captions_batch(given, device)
     return (real_NCHW, label_N) if given.step.classes() else (real_NCHW,)

@@ -1,8 +1,9 @@
-"""The baselines of CycleGAN and pix2pix: one iteration as today's public code writes it.
+"""The baselines of CycleGAN, pix2pix and SRGAN: one iteration as today's public code writes it.
 
 Eager float32 in contiguous NCHW; each image goes through each network by itself, pools are lists on
-the host, Adam as torch makes it by default. Written from what pytorch-CycleGAN-and-pix2pix does, on
-networks of the sizes that the engine trains, and from nothing else of the engine.
+the host, Adam as torch makes it by default. Written from what pytorch-CycleGAN-and-pix2pix and
+PyTorch-GAN's srgan.py do, on networks of the sizes that the engine trains, and from nothing else of
+the engine.
 
 Shapes: N batch, C channels, H height, W width.
 """
@@ -123,4 +124,33 @@ class PlainPaired:
         loss_g = entropy(self.discriminator(given, fake), 1.0) + self.l1 * F.l1_loss(fake, goal)
         loss_g.backward()
         self.optimizer_g.step()
+        return loss_d, loss_g
+
+
+@dataclass
+class PlainEnlarging:
+    """SRGAN's generator and discriminator, with the latter's features for the perceptual loss; the
+    weights of features, pixels and the adversarial loss, and the optimizers."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    optimizer_g: torch.optim.Optimizer
+    optimizer_d: torch.optim.Optimizer
+    weights: tuple[float, float, float]
+
+    def iteration(self, small: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Update the generator and the discriminator; the losses of the latter and the former."""
+        D = self.discriminator
+        self.optimizer_g.zero_grad()
+        made = self.generator(small)
+        seen = D.features(made)
+        features = F.mse_loss(seen, D.features(real).detach())
+        parts = features, F.mse_loss(made, real), entropy(D.dense(seen), 1.0)
+        loss_g = sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+        loss_g.backward()
+        self.optimizer_g.step()
+        self.optimizer_d.zero_grad()
+        loss_d = entropy(D(real), 1.0) + entropy(D(made.detach()), 0.0)
+        loss_d.backward()
+        self.optimizer_d.step()
         return loss_d, loss_g

@@ -5,6 +5,7 @@ outside. `rehearse` runs one iteration and undoes it, so that compilation happen
 on one local rank first: the others then take its cache.
 """
 
+import os
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.world import Ranks
+from pipelines.settings import cache_home
 
 # Compilation of a small network pair costs half a minute to a minute of two CPU cores; a run must
 # be long enough for its gain (a tenth, bench/bench_step.py) to exceed that.
@@ -78,6 +80,14 @@ def _unsplit(compiled: Callable) -> Callable:
     return call
 
 
+def keep_compiled() -> Path:
+    """The folder of compiled code: what TORCHINDUCTOR_CACHE_DIR says, or else one that outlives a
+    restart of the machine, unlike PyTorch's own choice."""
+    place = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_home() / "compiled")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = place
+    return Path(place)
+
+
 def missing_toolchain() -> str:
     """What Inductor lacks to compile for a CPU here; empty if nothing."""
     if not (shutil.which("g++") or shutil.which("clang++")):
@@ -95,6 +105,7 @@ def choose_compile(setting: str, device: torch.device, flops: float, obstacle: s
     """
     if setting == "off":
         return Compiler(False, "as asked")
+    keep_compiled()
     compiler = Compiler(True, "as asked", required=setting == "required")
     if device.type == "cpu":
         obstacle = obstacle or missing_toolchain()
@@ -148,6 +159,25 @@ def graphs() -> tuple[int, int]:
 
     seen = counters["inductor"]
     return seen["fxgraph_cache_miss"], seen["fxgraph_cache_hit"]
+
+
+def save_artifact(path: Path) -> int:
+    """Write all that this process compiled, or took from the cache, as one file for other machines
+    of this kind; its size in bytes, 0 where there was nothing. Raises OSError."""
+    found = torch.compiler.save_cache_artifacts()
+    if found is None:
+        return 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(found[0])
+    part.replace(path)
+    return len(found[0])
+
+
+def load_artifact(path: Path) -> bool:
+    """Put what `save_artifact` wrote into this machine's cache; whether there was anything for it.
+    It is code, and runs: load only what you trust. Raises OSError."""
+    return torch.compiler.load_cache_artifacts(path.read_bytes()) is not None
 
 
 def _attempt(iteration: Callable[[], Any]) -> str:

@@ -77,19 +77,23 @@ def without_data(recipe: Recipe, images: int, classes: int = 0) -> Session:
     return start(small, ranks, precision, Compiler(False, "counting"), batch, classes)
 
 
-def example_batch(recipe: Recipe, images: int) -> Batch:
-    """A batch without data, on the meta device."""
+def example_batch(recipe: Recipe, images: int, device: torch.device = META) -> Batch:
+    """A batch of black images, laid out as those of any pipeline."""
     data = recipe.data
-    shape = (images, data.channels, data.resolution, data.resolution)
-    labels = torch.zeros(images, dtype=torch.int64, device=META)
-    positions: Tensor = torch.arange(images, device=META)
-    batch = Batch(torch.empty(shape, device=META), labels, positions)
+
+    def black(height: int, width: int) -> Tensor:
+        images_NHWC = torch.full((images, height, width, data.channels), -1.0, device=device)
+        return images_NHWC.permute(0, 3, 1, 2)  # channels_last by its strides, also with one
+
+    sides = data.resolution, data.resolution
+    labels = torch.zeros(images, dtype=torch.int64, device=device)
+    positions: Tensor = torch.arange(images, device=device)
+    batch = Batch(black(*sides), labels, positions)
     if recipe.step.reads_captions():
         batch.tokens_NL = labels[:, None].repeat(1, LENGTH)
         batch.lengths_N = torch.full_like(labels, LENGTH)
     if data.has_pairs():
-        sides = [side // (data.scale or 1) for side in shape[2:]]
-        batch.pair_NCHW = torch.empty((*shape[:2], *sides), device=META)
+        batch.pair_NCHW = black(*(side // (data.scale or 1) for side in sides))
     return batch
 
 

@@ -5,10 +5,10 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from engine import checkpoint, watchdog
+from engine import BEGAN, checkpoint, watchdog
 from engine.failure import NonFinite
 from engine.start import Training
-from engine.stats import memory_gib
+from engine.stats import memory_gib, synchronize
 from pipelines.batch import Clock
 
 
@@ -25,6 +25,15 @@ def due(clock: Clock, every_kimg: float) -> bool:
     """Whether the last batch reached or passed a multiple of this many thousand images."""
     every = every_kimg * 1000
     return bool(every) and clock.images // every > (clock.images - clock.batch) // every
+
+
+def first_step(t: Training) -> None:
+    """Say how long it took from the process's start to the end of its first iteration."""
+    synchronize(t.session.clock.device)
+    seconds, t.begun = time.monotonic() - BEGAN, True
+    t.display.first_step(seconds)
+    if t.record:
+        t.record.event(t.session.clock.images, "first step", f"{seconds:.1f} s after the start")
 
 
 def measures(t: Training, last: bool) -> bool:

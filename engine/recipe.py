@@ -42,6 +42,12 @@ class Command:
     """Folder of all runs."""
     dry_run: bool = False
     """Print what would be trained, and how, and stop."""
+    compile_artifact: Path | None = None
+    """File of compiled code that `launch.doctor --warm` wrote; what it lacks is compiled here. It
+    is code, and runs: take only what you trust."""
+    profile: bool = False
+    """Write profile/ in the run's folder: a trace of a few iterations, and a page that says where
+    their time goes."""
 
 
 def names() -> list[str]:

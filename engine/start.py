@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 import torch
 
 from engine import checkpoint, micro_batch, run, session, sharing, world
-from engine.compile import Compiler, choose_compile, graphs, rehearse
+from engine.compile import Compiler, choose_compile, graphs, load_artifact, rehearse
 from engine.describe import Cost
 from engine.display import Display
 from engine.metrics.schedule import Schedule
 from engine.monitors import Monitors
 from engine.precision import Precision, choose_precision
+from engine.profiling.profiler import Profiler
 from engine.recipe import Command, flatten, total_images
 from engine.saver import Saver
 from engine.session import Session
@@ -31,6 +32,7 @@ from engine.track import Trackers
 from engine.watchdog import Watchdog
 from engine.world import Ranks
 from launch import environment as launcher
+from pipelines.batch import Batch
 from pipelines.datasets import BadImage, Dataset, DatasetMissing, find
 from pipelines.open import Pipeline, open_pipeline
 from pipelines.settings import Data
@@ -58,6 +60,8 @@ class Training:
     saver: Saver | None = None
     to_go_on: str = "the same command goes on"
     monitors: Monitors = field(default_factory=Monitors)
+    profiler: Profiler | None = None
+    begun: bool = False  # whether an iteration was done since the start
 
     @property
     def checkpoints(self) -> Path:
@@ -126,7 +130,7 @@ def _prepare(
     display = exits.enter_context(Display(total, f"{name} {folder.name}", quiet=ranks.rank > 0))
     flops = cost.flops_per_image * total / ranks.world_size
     shared, micro = _as_shared(recipe, len(dataset.classes), ranks, before)
-    precision, compiler = _resolve(shared, ranks, flops, before)
+    precision, compiler = resolve(shared, ranks, flops, before)
     live = session.start(shared, ranks, precision, compiler, total, len(dataset.classes))
     facts = {
         "recipe": name,
@@ -161,7 +165,13 @@ def _prepare(
         watchdog = Watchdog(folder, ranks, live.clock, recipe.hang_after)
         exits.callback(watchdog.start().close)
     if compiler.active and live.clock.images < total:
-        _compile(live, pipeline, display)
+        if command.compile_artifact:
+            take_artifact(command.compile_artifact, display)
+        pipeline.ready(live.clock)
+        compile_all(live, pipeline.batch(live.clock), display.line)
+    if command.profile and ranks.rank == 0 and live.clock.images < total:
+        t.profiler = Profiler(live, folder / "profile", name, pipeline.name, display.line)
+        exits.callback(t.profiler.close)
     return t
 
 
@@ -236,8 +246,8 @@ def _remove_unused(folder: Path, made: list[Path]) -> None:
                 place.rmdir()
 
 
-def _resolve(
-    recipe: Recipe, ranks: Ranks, flops: float, before: dict[str, Any] | None
+def resolve(
+    recipe: Recipe, ranks: Ranks, flops: float, before: dict[str, Any] | None = None
 ) -> tuple[Precision, Compiler]:
     """Precision and compilation, as they were resolved when the run began on such a device."""
     precision = choose_precision(recipe.precision, ranks.device)
@@ -317,19 +327,29 @@ def _introduction(
     return [*lines, *notes]
 
 
-def _compile(live: Session, pipeline: Pipeline, display: Display) -> None:
+def take_artifact(path: Path, display: Display) -> None:
+    """Have what is compiled found in a file of `launch.doctor --warm`."""
+    try:
+        taken = load_artifact(path)
+    except OSError as error:
+        display.warn(f"--compile-artifact {path}: {error.strerror}; compiling instead")
+        return
+    if not taken:
+        display.warn(f"--compile-artifact {path} holds nothing for this version; compiling instead")
+
+
+def compile_all(live: Session, batch: Batch, say: Callable[[str], None]) -> None:
+    """Compile by a rehearsal on this batch, and say how long it took."""
     began = time.monotonic()
-    pipeline.ready(live.clock)
-    batch = pipeline.batch(live.clock)
     with live.rehearsing():
         rehearse(
             lambda: live.rehearse(batch),
             live.state_tensors(),
             next(iter(live.players.values())).compiler,
             live.ranks,
-            display.line,
+            say,
             together=any(player.shared.sharded for player in live.players.values()),
         )
     new, cached = (sum(n) for n in zip(*live.ranks.gather(graphs()), strict=True))
     seconds = time.monotonic() - began
-    display.line(f"compiled in {seconds:.0f} s: {new} graphs new, {cached} from the cache")
+    say(f"compiled in {seconds:.0f} s: {new} graphs new, {cached} from the cache")

@@ -92,7 +92,8 @@ class Record:
             self.trackers.picture(images, path)
 
     def event(self, images: int, event: str, text: str) -> None:
-        """Append something that happened: start, resume, warning, nan, rollback, finish."""
+        """Append something that happened: start, resume, first step, warning, nan, rollback,
+        finish."""
         self._append({"images": images, "event": event, "text": text})
         if self.trackers and event in TRACKED:
             self.trackers.event(images, event)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from engine import BEGAN, checkpoint, describe, progress, sharing, watchdog
+from engine import checkpoint, describe, progress, sharing, watchdog
 from engine import recipe as recipes
 from engine.compile import CompileError, choose_compile
 from engine.failure import NonFinite, roll_back, write_evidence
@@ -24,7 +24,6 @@ from engine.precision import choose_precision
 from engine.run import RunError, device_name
 from engine.settings import Metrics
 from engine.start import Training, begin, fail, find_dataset
-from engine.stats import synchronize
 from engine.world import choose_device, environment, leave
 from kernels import dispatch
 from pipelines.datasets import BadImage, Dataset, DatasetMissing
@@ -49,8 +48,10 @@ def loop(t: Training) -> bool:
     Raises NonFinite, CheckpointError or BadImage.
     """
     clock, outputs = t.session.clock, t.session.recipe.outputs
-    pace, first = progress.Pace(clock.images), True
+    pace = progress.Pace(clock.images)
     while clock.images < t.total:
+        if t.profiler:
+            t.profiler.next()
         clock.enter(watchdog.DATA)
         waiting = time.monotonic()
         t.pipeline.ready(clock)
@@ -59,10 +60,8 @@ def loop(t: Training) -> bool:
         clock.enter(watchdog.STEP)
         t.stats.add(t.session.step(batch))
         clock.advance()
-        if first:
-            synchronize(clock.device)
-            t.display.first_step(time.monotonic() - BEGAN)
-            first = False
+        if not t.begun:
+            progress.first_step(t)
         last, stop = clock.images >= t.total, t.stop.agreed(t.session.ranks)
         sample = last or progress.due(clock, outputs.sample_every)
         measure = progress.measures(t, last)

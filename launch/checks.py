@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine import recipe as recipes
-from engine.compile import missing_toolchain
+from engine.compile import keep_compiled, missing_toolchain
 from engine.precision import choose_precision
 from engine.world import choose_device
 from launch import environment
@@ -243,9 +243,7 @@ def _broken_toolchain() -> str:
 
 def compile_cache(_case: Case) -> list[Finding]:
     """Whether compiled code can be kept, and how much there is."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    folder = keep_compiled()
     remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder on a local disk"
     try:
         with tempfile.TemporaryFile(dir=nearest(folder)):

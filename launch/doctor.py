@@ -4,6 +4,11 @@ Takes the recipe and overrides of engine.train, alone or under torchrun, and say
 network, dataset and memory what is ok, what to be warned of and what would fail, each with its
 remedy; it starts no training. Exit code: 0 if nothing fails, 1 if something does, 2 for a wrong
 command.
+
+    python -m launch.doctor --warm RECIPE [overrides] [--compile-artifact FILE]
+
+compiles instead what training would compile, on as many ranks, so that it is found in the cache;
+and writes it to FILE, for engine.train --compile-artifact FILE on other machines of this kind.
 """
 
 import contextlib
@@ -22,7 +27,7 @@ from rich.console import Console
 from engine import recipe as recipes
 from engine.start import PATIENCE_S, fail
 from engine.world import choose_device, environment, leave
-from launch import between, checks, needs
+from launch import between, checks, needs, warm
 from launch.findings import FAIL, OK, Case, Check, Finding, attempt, merge, show, write_json
 
 LOCAL = (
@@ -144,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return 1  # torchrun starts again what failed: the first verdict stands
     try:
+        if "--warm" in arguments:
+            return warm.main([a for a in arguments if a != "--warm"])
         case, path = read(arguments)
     except ValueError as error:
         fail(str(error), 2)

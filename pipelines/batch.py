@@ -1,5 +1,6 @@
 """What a pipeline hands to a step, and the clock that says which images come next."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +36,8 @@ class Clock:
     itself; the loop reads `images`, which needs no synchronisation.
 
     doing: what this rank is at in the iteration, a player's name during its update; moves: how
-    often that changed since the iteration began. The watchdog reads them from its thread.
+    often that changed since the iteration began. The watchdog reads them from its thread; a
+    listener hears of each change.
     """
 
     batch: int
@@ -45,6 +47,7 @@ class Clock:
     world_size: int = 1
     doing: str = "start"
     moves: int = 0
+    listener: Callable[[str], None] | None = None
     device_images: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class Clock:
         """Note what comes next, at the same places on all ranks."""
         self.doing = doing
         self.moves += 1
+        if self.listener:
+            self.listener(doing)
 
     def advance(self) -> None:
         """Go on to the next global batch."""

@@ -10,6 +10,11 @@ PAIRED = ("facades", "pairs", "synthetic_pairs")
 """Datasets of two domains, and of side-by-side pairs."""
 
 
+def cache_home() -> Path:
+    """Where what is made once is kept: the variable SADDLE_CACHE, else ~/.cache/saddle."""
+    return Path(os.environ.get("SADDLE_CACHE") or Path.home() / ".cache" / "saddle")
+
+
 @dataclass(frozen=True)
 class Data:
     """Dataset and pipeline."""
@@ -68,5 +73,4 @@ class Data:
 
     def cache_folder(self) -> Path:
         """Where packed caches are kept."""
-        home = Path.home() / ".cache" / "saddle"
-        return self.cache or Path(os.environ.get("SADDLE_CACHE") or home)
+        return self.cache or cache_home()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from engine.checkpoint import save
 from engine.metrics import classifier
@@ -18,6 +19,7 @@ from tests.checkpoints import FACTS, advance, started
 def _shared_settings(tmp_path_factory):
     torch.set_num_threads(1)  # OpenMP threads spin on busy cores: ten times slower
     os.environ["SADDLE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # of all tests
 
 
 @pytest.fixture(scope="session")

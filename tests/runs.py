@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from engine import checkpoint
+from engine import checkpoint, run
 from engine.networks.spec import Network
 from engine.recipe import flatten, load
 from engine.settings import Adam, Recipe
@@ -98,11 +98,22 @@ def kill_once_at(folder: Path, images: int, process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
+    _wait_until_left(folder)
     for later in checkpoint.listing(folder / "checkpoints"):
         if int(later.name) > images:
             for part in later.iterdir():
                 part.unlink()
             later.rmdir()
+
+
+def _wait_until_left(folder: Path) -> None:
+    """Workers whose launcher was killed are told to leave, and save before they do."""
+    while True:
+        try:
+            with run.locked(folder):
+                return
+        except run.RunError:
+            time.sleep(0.1)
 
 
 def run_folder(runs: Path, recipe: str) -> Path:

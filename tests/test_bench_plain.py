@@ -26,6 +26,7 @@ from engine.steps.cycle import Cycle
 from engine.steps.matching import DROPOUT as WORDS
 from engine.steps.paired import DROPOUT, Paired
 from engine.steps.progressive import FOOLING, Progressive
+from engine.steps.super_resolution import SuperResolution
 from engine.steps.text_to_image import NOISE, TextToImage
 from kernels import philox
 from pipelines.batch import Batch
@@ -80,8 +81,9 @@ def give_noise(plain, live, given: Recipe) -> None:
     plain.mixing = lambda _: philox.uniform(live.key, MIXING, place_N, 1)[:, 0]
 
 
+OF_IMAGES = (Cycle, Paired, SuperResolution)
 READING = [name for name in NAMES if isinstance(ALL[name].step, TextToImage)]
-TRANSLATING = [name for name in NAMES if isinstance(ALL[name].step, Cycle | Paired)]
+TRANSLATING = [name for name in NAMES if isinstance(ALL[name].step, OF_IMAGES)]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TRANSLATING + READING])
@@ -112,6 +114,7 @@ def test_plain_translation_computes_the_same_losses(name, double):
     given = small(name)
     given = replace(given, data=replace(given.data, batch=2))
     live = session.start(given, RANKS, FP32, Compiler(False, ""), 10**9)
+    live.clock.seek(given.step.settles() * given.data.batch)
     plain = plain_of(given, CPU)
     real_NCHW, _, pair_NCHW = noise_batch(given, CPU)
     own, other = given.step.players()

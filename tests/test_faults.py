@@ -80,7 +80,7 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.repeated)])
 def test_a_rank_killed_in_mid_step_is_restarted_with_the_others_to_the_same_end(
     rank, unbroken, tmp_path
 ):
@@ -98,7 +98,7 @@ def test_two_kills_of_one_run_are_survived(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.repeated)])
 def test_rank_0_or_1_killed_while_saving_leaves_the_checkpoint_before_it(rank, unbroken, tmp_path):
     moment = "rename" if rank == 0 else "saving"  # rank 0 alone gives a checkpoint its name
     output = suffer(tmp_path, at(tmp_path, "kill", rank, 6 * BATCH, moment))
@@ -111,7 +111,11 @@ def test_rank_0_or_1_killed_while_saving_leaves_the_checkpoint_before_it(rank, u
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rank"),
-    [("stop", 1), pytest.param("stop", 0, marks=pytest.mark.repeated), ("hang", 1)],
+    [
+        pytest.param("stop", 1, marks=pytest.mark.repeated),
+        pytest.param("stop", 0, marks=pytest.mark.repeated),
+        ("hang", 1),
+    ],
 )
 def test_a_hung_rank_is_named_and_all_are_restarted_to_the_same_end(kind, rank, unbroken, tmp_path):
     hang = at(tmp_path, kind, rank, 5 * BATCH, "generator", wait_s=2.0)

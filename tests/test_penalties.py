@@ -321,6 +321,7 @@ def test_settings_that_cannot_be_are_refused(name, flags, said, tmp_path, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.repeated
 def test_two_ranks_compile_it_whole_although_ddp_has_many_buckets(tmp_path):
     name, states = "dcgan_digits", []
     flags = ["--r1", "5", "--r1-every", "2", "--steps", "4", "--precision", "fp32", *QUICK]

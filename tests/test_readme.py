@@ -38,7 +38,8 @@ MAKE = [c for c in COMMANDS if c.startswith("make ")]
 
 
 PREPARE = [c for c in COMMANDS if "-m pipelines.prepare" in c]
-DOCTOR = [c for c in COMMANDS if "-m launch.doctor" in c]
+WARM = [c for c in COMMANDS if "-m launch.doctor --warm" in c]
+DOCTOR = [c for c in COMMANDS if "-m launch.doctor" in c and c not in WARM]
 PREDICT = [c for c in COMMANDS if "-m launch.scaling" in c]
 INSPECT = "python -m kernels.inspect --sm 90"
 FEW = ["--metrics.generated", "300", "--metrics.real", "300"]
@@ -46,7 +47,17 @@ FEW = ["--metrics.generated", "300", "--metrics.real", "300"]
 
 def test_every_command_is_tried_here():
     elsewhere = {"pytest bench/ --benchmark-only", INSPECT, *SLURM}
-    others = set(COMMANDS) - {*TRAIN, *USE, *SERVE, *MAKE, *PREPARE, *DOCTOR, *PREDICT, *elsewhere}
+    others = set(COMMANDS) - {
+        *TRAIN,
+        *USE,
+        *SERVE,
+        *MAKE,
+        *PREPARE,
+        *DOCTOR,
+        *WARM,
+        *PREDICT,
+        *elsewhere,
+    }
     assert not others
     assert min(len(TRAIN), len(USE), len(SERVE), len(MAKE)) >= 1
 
@@ -163,6 +174,20 @@ def test_the_doctor_examines_a_machine(line, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 fail" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", WARM)
+def test_the_cache_is_warmed_on_several_ranks(line, tmp_path):
+    """On two of them: eight would each compile here."""
+    _, _, rest = line.partition("-m launch.doctor ")
+    warm, name, *flags = shlex.split(rest.replace("compiled.bin", str(tmp_path / "compiled.bin")))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "-m", "launch.doctor", warm, name, *toy(name)[1], *flags]
+    command += ["--sync-bn", "off"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "compiled.bin").stat().st_size > 10_000 and "wrote" in done.stdout
 
 
 @pytest.mark.parametrize("line", SERVE)

@@ -39,7 +39,7 @@ def every(steps: int) -> list[str]:
     ("name", "compiled", "ranks"),
     [
         ("dcgan_mnist", "off", 1),
-        ("vae_mnist", "off", 1),
+        pytest.param("vae_mnist", "off", 1, marks=[pytest.mark.slow, pytest.mark.repeated]),
         ("vae_mnist", "required", 1),
         ("dcgan_mnist", "off", 2),
         pytest.param("vae_mnist", "off", 2, marks=[pytest.mark.slow, pytest.mark.repeated]),
@@ -65,7 +65,11 @@ def test_7_steps_kill_and_13_more_equal_20_unbroken(name, compiled, ranks, tmp_p
 
 
 @pytest.mark.parametrize(
-    "pipeline", ["resident", pytest.param("torchvision", marks=pytest.mark.slow)]
+    "pipeline",
+    [
+        "resident",
+        pytest.param("torchvision", marks=[pytest.mark.slow, pytest.mark.repeated]),
+    ],
 )
 def test_resume_in_mid_epoch_is_exact_with_either_pipeline(pipeline, tmp_path):
     """64 computed images would be an epoch; here the order crosses several."""

@@ -1,0 +1,64 @@
+"""Compile a recipe before it is trained, without its images: `launch.doctor --warm`."""
+
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+
+from engine import describe, micro_batch, session, sharing, world
+from engine import recipe as recipes
+from engine.compile import CompileError, save_artifact
+from engine.run import RunError
+from engine.settings import Recipe
+from engine.start import compile_all, find_dataset, resolve
+from engine.world import Ranks
+from pipelines.datasets import Dataset, DatasetMissing
+
+FAILURES = (CompileError, DatasetMissing, RunError, OSError)
+
+
+def main(arguments: list[str]) -> int:
+    """The command line without --warm; exit code. Raises ValueError for a wrong command."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("--warm needs a recipe: python -m launch.doctor --warm RECIPE ...")
+    command = recipes.parse(arguments[0], arguments[1:])
+    recipe = sharing.settled(command.recipe)
+    if recipe.compile == "off":
+        raise ValueError("--compile off leaves nothing to compile ahead: leave it out")
+    recipes.check(recipe, world.environment()[2])
+    device = world.choose_device(recipe.device)
+    try:
+        dataset = find_dataset(recipe.data)
+        with ExitStack() as exits:
+            ranks = world.start(device)
+            exits.callback(world.stop)
+            console = Console(quiet=ranks.rank > 0)
+            compile_ahead(recipe, dataset, ranks, console)
+            if command.compile_artifact and ranks.rank == 0:
+                size = save_artifact(command.compile_artifact)
+                console.print(f"wrote {command.compile_artifact}: {size / 1e6:.1f} MB", style="")
+            ranks.barrier()
+    except FAILURES as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def compile_ahead(recipe: Recipe, dataset: Dataset, ranks: Ranks, console: Console) -> None:
+    """Build what training would, and rehearse on a batch of black images. Raises CompileError where
+    something cannot be compiled."""
+    classes = len(dataset.classes)
+    recipe = replace(recipe, compile="required")
+    recipe, _ = micro_batch.resolve(recipe, classes, ranks)
+    precision, compiler = resolve(recipe, ranks, float("inf"))
+    total = recipes.total_images(recipe, dataset.images)
+    live = session.start(recipe, ranks, precision, compiler, total, classes)
+    images = live.clock.batch // ranks.world_size
+    batch = describe.example_batch(recipe, images, ranks.device)
+    if dataset.labels is None:
+        batch.labels_N = None
+    with torch.no_grad():
+        batch.position_N = live.clock.position_N()
+    compile_all(live, batch, lambda text: console.print(text, style="", highlight=False))

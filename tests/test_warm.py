@@ -1,0 +1,58 @@
+"""`launch.doctor --warm`: what it compiles is what training needs, also on another machine."""
+
+import re
+
+import pytest
+
+from engine.display import Display
+from engine.start import take_artifact
+from launch.doctor import main
+from tests.forked import train
+from tests.runs import QUICK, run_folder, toy
+
+COUNTED = r"compiled in \d+ s: (\d+) graphs new, (\d+) from the cache"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["vae_mnist", pytest.param("damsm_birds", marks=pytest.mark.repeated)]
+)
+def test_training_finds_all_of_it_in_the_artifact(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "here"))
+    flags = [*toy(name)[1], "--precision", "fp32", "--compile-artifact", str(tmp_path / "code")]
+    assert main(["--warm", name, *flags]) == 0
+    said = capsys.readouterr().out
+    new, _ = map(int, re.search(COUNTED, said).groups())
+    assert new > 0 and "wrote" in said and (tmp_path / "code").stat().st_size > 10_000
+    more = [*QUICK, "--compile", "required", "--steps", "2", "--runs", str(tmp_path / "runs")]
+    there = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "there")}
+    output = train(name, *flags, *more, **there)
+    assert re.search(COUNTED, output).groups() == ("0", str(new)), output
+    stats = (run_folder(tmp_path / "runs", name) / "stats.jsonl").read_text()
+    assert re.search(r'"first step", "text": "[\d.]+ s after the start"', stats)
+
+
+def test_an_artifact_that_is_none_is_told_and_training_goes_on(tmp_path):
+    said = []
+    display = Display(1, "", quiet=True)
+    display.warn = said.append
+    (tmp_path / "code").write_bytes(b"no artifact")
+    take_artifact(tmp_path / "code", display)
+    take_artifact(tmp_path / "none", display)
+    assert f"--compile-artifact {tmp_path / 'code'} holds nothing for this version" in said[0]
+    assert "No such file" in said[1] and all("compiling instead" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--warm"], "--warm needs a recipe"),
+        (["--warm", "dcgan_digits", "--compile", "off"], "leaves nothing to compile"),
+        (["dcgan_digits", "--warm", "--data.batch", "0"], "must be at least 1"),
+    ],
+)
+def test_a_wrong_command_is_refused(arguments, reason, monkeypatch, capsys):
+    monkeypatch.setattr("engine.world.leave", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2 and reason in capsys.readouterr().err
