@@ -57,6 +57,8 @@ FLAGS = {
     "--discriminator.width 24 --discriminator.layers 2 --metrics.every-kimg 5",
     "inpaint_celeba": "--kimg 20 --data.resolution 32 --generator.width 12 --generator.lr 1e-3 "
     "--discriminator.width 16 --discriminator.lr 1e-3 --adversarial 0.1 --metrics.every-kimg 5",
+    "srgan_x4": "--steps 2000 --pretrain-steps 1600 --generator.blocks 4 --generator.width 32 "
+    "--discriminator.width 16 --discriminator.hidden 256 --metrics.every-kimg 8",
     "style_transfer": "--steps 1500 --data.resolution 64 --data.load 96 --styler.width 16 "
     "--styler.levels 3 --styler.lr 1e-3",
     "damsm_birds": "--epochs 60 --data.resolution 64 --data.load 76 --encoders.side 64 "
@@ -84,6 +86,7 @@ BESIDE = {
     "cyclegan_horse2zebra": (6, (1, 4)),
     "pix2pix_facades": (3, (0, 1)),
     "inpaint_celeba": (3, (1,)),
+    "srgan_x4": (3, (0, 1)),
     "style_transfer": (3, (2,)),
     "vqvae_birds": (3, (1,)),
 }

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.networks.planar import Planar
 from engine.optimizer import Guarded
 from engine.world import Ranks
 
@@ -267,4 +268,8 @@ def share(parallel: str, network: nn.Module, ranks: Ranks) -> Alone:
         from engine.zero import STAGES
 
         kind = STAGES[parallel]
-    return kind(network.to(memory_format=kind.memory_format), ranks)
+    network = network.to(memory_format=kind.memory_format)
+    for part in network.modules():
+        if isinstance(part, Planar):
+            part.settle()
+    return kind(network, ranks)

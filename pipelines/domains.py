@@ -4,6 +4,7 @@ Layouts: CycleGAN's trainA, trainB, testA, testB (Zhu et al. 2017); pix2pix's tr
 both images in one file (Isola et al. 2017); a folder of large images (DIV2K and the like).
 """
 
+import hashlib
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,6 +92,9 @@ class Domains(Dataset):
 
     def fingerprint(self) -> str:
         return self.parts[0].identity()
+
+    def stamp(self) -> str:
+        return hashlib.sha256("".join(part.stamp() for part in self.parts).encode()).hexdigest()
 
 
 @dataclass

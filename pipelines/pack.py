@@ -56,7 +56,7 @@ def cache_name(dataset: Dataset, data: Data, form: str) -> Path:
     """Where what is made of a dataset at these settings lies, without suffix; `form`: what it is
     and of which version."""
     fit = dataset.fit
-    identity = [form, dataset.fingerprint(), *fit.stored, fit.crop, fit.window]
+    identity = [form, dataset.stamp(), *fit.stored, fit.crop, fit.window]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = f"{dataset.name}-{dataset.split}-{fit.side}x{fit.channels}-{digest}"
     return data.cache_folder() / name

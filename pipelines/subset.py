@@ -34,6 +34,9 @@ class Subset(Dataset):
         digest.update(self.rows.tobytes())
         return digest.hexdigest()
 
+    def stamp(self) -> str:
+        return hashlib.sha256(self.whole.stamp().encode() + self.rows.tobytes()).hexdigest()
+
 
 @dataclass
 class EncodedSubset(Subset, EncodedSet):

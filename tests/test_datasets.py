@@ -350,12 +350,16 @@ def test_a_failed_download_is_one_line_and_the_remedies(tmp_path, monkeypatch):
 def test_fingerprint_follows_the_content(tmp_path):
     path = save(tmp_path / "1.png")
     data = Data(name="folder", path=tmp_path)
-    before = find(data).fingerprint()
+    before, stamp = find(data).fingerprint(), find(data).stamp()
+    assert find(data).stamp() == stamp
+    os.utime(path, ns=(0, 0))  # as a copy's
     assert find(data).fingerprint() == before
-    os.utime(path, ns=(0, 0))
-    touched = find(data).fingerprint()
+    touched = find(data).stamp()
+    path.write_bytes(path.read_bytes() + b"more")
+    changed = find(data).fingerprint()
     save(tmp_path / "2.png")
-    assert len({before, touched, find(data).fingerprint()}) == 3
+    assert len({before, changed, find(data).fingerprint()}) == 3
+    assert len({stamp, touched, find(data).stamp()}) == 3
 
 
 @needs_real_data

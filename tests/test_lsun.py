@@ -166,7 +166,7 @@ def test_a_database_that_changes_under_a_run_is_named(tmp_path, opened):
     os.utime(path / "data.mdb", ns=(0, 0))
     with pytest.raises(OSError, match="cat_train_lmdb has changed since this run listed it"):
         dataset.decode(0)
-    assert shades(opened()) == [1, 2, 3] and opened().fingerprint() != dataset.fingerprint()
+    assert shades(opened()) == [1, 2, 3] and opened().stamp() != dataset.stamp()
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -3,11 +3,13 @@ damaged checkpoints. Bitwise on one device, through the real command line."""
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
 
 from engine import checkpoint
+from tests.images import images
 from tests.runs import (
     QUICK,
     differences,
@@ -80,6 +82,16 @@ def test_resume_in_mid_epoch_is_exact_with_either_pipeline(pipeline, tmp_path):
             train("dcgan_digits", *flags, "--steps", str(steps), "--runs", str(tmp_path / runs))
     whole, broken = (tmp_path / runs / "dcgan_digits" / "it" for runs in ("whole", "broken"))
     assert not differences(final_state(whole), final_state(broken))
+
+
+def test_a_copy_of_the_dataset_is_the_same_dataset(tmp_path):
+    images(tmp_path / "photos", 20, (20, 20), 1)
+    flags = [*toy("dcgan_digits", BATCH)[1], *QUICK, *RUN, "--runs", str(tmp_path / "runs")]
+    flags += ["--data.name", "folder", "--data.path"]
+    train("dcgan_digits", *flags, str(tmp_path / "photos"), "--steps", "2")
+    shutil.copytree(tmp_path / "photos", tmp_path / "copy", copy_function=shutil.copyfile)
+    output = train("dcgan_digits", *flags, str(tmp_path / "copy"), "--steps", "4")
+    assert f"from {2 * BATCH} images" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

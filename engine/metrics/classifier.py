@@ -96,7 +96,7 @@ def open_classifier(
             f"--metrics.weights FILE (Inception), or --metrics.extractor inception to fetch it"
         )
     fit = dataset.fit
-    identity = [VERSION, dataset.fingerprint(), *fit.shape, *WIDTHS[fit.channels]]
+    identity = [VERSION, dataset.stamp(), *fit.shape, *WIDTHS[fit.channels]]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = data.cache_folder() / f"classifier-{data.name}-{digest}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -153,7 +153,7 @@ def real_features(
 ) -> FeatureSet:
     """Features of the first images in a fixed random order, cached by content and protocol."""
     count = min(settings.real or len(dataset), len(dataset))
-    identity = [3, dataset.fingerprint(), str(dataset.fit), count]
+    identity = [3, dataset.stamp(), str(dataset.fit), count]
     identity += [extractor.digest, extractor.resize]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = data.cache_folder() / f"features-{dataset.name}-{dataset.split}-{digest}.safetensors"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.networks.planar import Chain, InstanceNorm
 from engine.networks.spec import ImageSpec, Network
 
 LEAK = 0.2
@@ -32,25 +33,25 @@ class Residual(nn.Module):
 def padded(before: int, after: int, kernel: int) -> list[nn.Module]:
     """A convolution that keeps the size, padded by reflection, and InstanceNorm."""
     reflect = nn.ReflectionPad2d(kernel // 2)
-    return [reflect, nn.Conv2d(before, after, kernel), nn.InstanceNorm2d(after)]
+    return [reflect, nn.Conv2d(before, after, kernel), InstanceNorm(after)]
 
 
-def translator(channels: int, width: int, blocks: int) -> nn.Sequential:
+def translator(channels: int, width: int, blocks: int) -> Chain:
     """ResNet generator: two halvings, residual blocks, two doublings; images (N, C, H, W) in
     [-1, 1] to such images, H and W multiples of 4."""
     layers = [*padded(channels, width, 7), nn.ReLU()]
     for before in (width, 2 * width):
         halving = nn.Conv2d(before, 2 * before, 3, stride=2, padding=1)
-        layers += [halving, nn.InstanceNorm2d(2 * before), nn.ReLU()]
+        layers += [halving, InstanceNorm(2 * before), nn.ReLU()]
     layers += [Residual(4 * width) for _ in range(blocks)]
     for after in (2 * width, width):
         doubling = nn.ConvTranspose2d(2 * after, after, 3, stride=2, padding=1, output_padding=1)
-        layers += [doubling, nn.InstanceNorm2d(after), nn.ReLU()]
+        layers += [doubling, InstanceNorm(after), nn.ReLU()]
     layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, channels, 7), nn.Tanh()]
-    return nn.Sequential(*layers)
+    return Chain(*layers)
 
 
-def patch_critic(channels: int, width: int, layers: int, affine: bool = False) -> nn.Sequential:
+def patch_critic(channels: int, width: int, layers: int, affine: bool = False) -> Chain:
     """PatchGAN: so many halvings, each output judging a patch, of 70x70 pixels with three; images
     (N, C, H, W) to logits (N, 1, H', W'). affine: normalised values are scaled and shifted."""
     made = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(LEAK)]
@@ -59,9 +60,9 @@ def patch_critic(channels: int, width: int, layers: int, affine: bool = False) -
         after = width * min(2**i, 8)
         stride = 2 if i < layers else 1
         made.append(nn.Conv2d(before, after, 4, stride, padding=1, bias=not affine))
-        made += [nn.InstanceNorm2d(after, affine=affine), nn.LeakyReLU(LEAK)]
+        made += [InstanceNorm(after, affine=affine), nn.LeakyReLU(LEAK)]
         before = after
-    return nn.Sequential(*made, nn.Conv2d(before, 1, 4, padding=1))
+    return Chain(*made, nn.Conv2d(before, 1, 4, padding=1))
 
 
 def init_normal(module: nn.Module) -> None:
@@ -70,7 +71,7 @@ def init_normal(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.InstanceNorm2d) and module.affine:
+    elif isinstance(module, InstanceNorm) and module.affine:
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.networks.cyclegan import init_normal, patch_critic
+from engine.networks.planar import InstanceNorm, Planar
 from engine.networks.spec import ImageSpec, Network
 
 LEAK = 0.2
@@ -27,10 +28,10 @@ DROPPING = 3
 
 def norm(width: int) -> nn.Module:
     """BatchNorm of a single image."""
-    return nn.InstanceNorm2d(width, affine=True)
+    return InstanceNorm(width, affine=True)
 
 
-class UNet(nn.Module):
+class UNet(Planar):
     """Halvings down to a small map and as many doublings, each beside the halving of its size.
 
     Dropout is the paper's only noise (section 3.2) and stays after training. It is decided by
@@ -59,7 +60,7 @@ class UNet(nn.Module):
     def forward(self, x_NCHW: Tensor, uniform_NM: Tensor) -> Tensor:
         """Images (N, C, H, W) in [-1, 1] of such images, H and W multiples of 2 ** depth;
         uniform_NM: in [0, 1)."""
-        kept, used = [], 0
+        kept, used, x_NCHW = [], 0, x_NCHW.contiguous()
         for i, halving in enumerate(self.down):
             kept.append(x_NCHW)
             x_NCHW = halving(nn.functional.leaky_relu(x_NCHW, LEAK) if i else x_NCHW)

@@ -95,7 +95,7 @@ class Cycle(Algorithm):
         make = partial(translators_update, cycle=self.cycle, identity=self.identity)
 
         def step(batch: Batch) -> Values:
-            reals = batch.images_NCHW, batch.pair_NCHW
+            reals = batch.images_NCHW.contiguous(), batch.pair_NCHW.contiguous()  # as networks do
             with frozen(critics) as judges:
                 values = generators.update(make, judges, *reals)
             fakes = [values.pop(f"generators/{name}") for name in ("fake_A", "fake_B")]

@@ -107,7 +107,7 @@ class Paired(Algorithm):
         fool = partial(translator_update, loss=self.loss, l1=self.l1)
 
         def step(batch: Batch) -> Values:
-            given_NCHW, goal_NCHW = self.sides(batch)
+            given_NCHW, goal_NCHW = (x.contiguous() for x in self.sides(batch))  # as networks do
             made = generator.make(make, given_NCHW, key, batch.position_N)
             values = discriminator.update(judge, given_NCHW, goal_NCHW, made.tensor)
             with frozen(discriminator) as critic:
