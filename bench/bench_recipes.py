@@ -28,7 +28,6 @@ from bench.plain_translation import PlainCycle, PlainEnlarging, PlainPaired
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
 from engine.describe import cost
-from engine.networks.planar import InstanceNorm
 from engine.networks.point import FromPoint, ToPoint
 from engine.precision import choose_precision
 from engine.settings import Optimizer, PlayerSettings, Recipe, RMSprop
@@ -46,7 +45,6 @@ WARM_UP, ROUNDS = 1, 5
 FEWEST, MOST_FLOPS = 16, 64e9
 CLASSES = 150  # of birds to train on: few images of a batch share theirs
 WIDTHS = ("width", "base", "channels", "hidden")
-LAYERS = {FromPoint: nn.ConvTranspose2d, ToPoint: nn.Conv2d, InstanceNorm: nn.InstanceNorm2d}
 FAMILIES = (Adversarial, Progressive, Cycle, Paired, SuperResolution, TextToImage)
 ALL = {name: recipe.load(name) for name in recipe.names()}
 NAMES = [name for name, r in ALL.items() if isinstance(r.step, FAMILIES)]
@@ -93,10 +91,9 @@ class Top(nn.Module):
 
 
 def by_the_library(module: nn.Module) -> None:
-    """Have a layer of ours computed as torch computes it."""
-    for ours, torchs in LAYERS.items():
-        if isinstance(module, ours):
-            module.__class__ = torchs
+    """Have a convolution of ours computed as torch computes it."""
+    if isinstance(module, FromPoint | ToPoint):
+        module.__class__ = nn.ConvTranspose2d if isinstance(module, FromPoint) else nn.Conv2d
 
 
 def plain_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:

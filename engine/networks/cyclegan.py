@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.networks.planar import Chain, InstanceNorm
+from engine.networks.planar import Chain
 from engine.networks.spec import ImageSpec, Network
 
 LEAK = 0.2
@@ -33,7 +33,7 @@ class Residual(nn.Module):
 def padded(before: int, after: int, kernel: int) -> list[nn.Module]:
     """A convolution that keeps the size, padded by reflection, and InstanceNorm."""
     reflect = nn.ReflectionPad2d(kernel // 2)
-    return [reflect, nn.Conv2d(before, after, kernel), InstanceNorm(after)]
+    return [reflect, nn.Conv2d(before, after, kernel), nn.InstanceNorm2d(after)]
 
 
 def translator(channels: int, width: int, blocks: int) -> Chain:
@@ -42,11 +42,11 @@ def translator(channels: int, width: int, blocks: int) -> Chain:
     layers = [*padded(channels, width, 7), nn.ReLU()]
     for before in (width, 2 * width):
         halving = nn.Conv2d(before, 2 * before, 3, stride=2, padding=1)
-        layers += [halving, InstanceNorm(2 * before), nn.ReLU()]
+        layers += [halving, nn.InstanceNorm2d(2 * before), nn.ReLU()]
     layers += [Residual(4 * width) for _ in range(blocks)]
     for after in (2 * width, width):
         doubling = nn.ConvTranspose2d(2 * after, after, 3, stride=2, padding=1, output_padding=1)
-        layers += [doubling, InstanceNorm(after), nn.ReLU()]
+        layers += [doubling, nn.InstanceNorm2d(after), nn.ReLU()]
     layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, channels, 7), nn.Tanh()]
     return Chain(*layers)
 
@@ -60,7 +60,7 @@ def patch_critic(channels: int, width: int, layers: int, affine: bool = False) -
         after = width * min(2**i, 8)
         stride = 2 if i < layers else 1
         made.append(nn.Conv2d(before, after, 4, stride, padding=1, bias=not affine))
-        made += [InstanceNorm(after, affine=affine), nn.LeakyReLU(LEAK)]
+        made += [nn.InstanceNorm2d(after, affine=affine), nn.LeakyReLU(LEAK)]
         before = after
     return Chain(*made, nn.Conv2d(before, 1, 4, padding=1))
 
@@ -71,7 +71,7 @@ def init_normal(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, InstanceNorm) and module.affine:
+    elif isinstance(module, nn.InstanceNorm2d) and module.affine:
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.networks.cyclegan import init_normal, patch_critic
-from engine.networks.planar import InstanceNorm, Planar
+from engine.networks.planar import Planar
 from engine.networks.spec import ImageSpec, Network
 
 LEAK = 0.2
@@ -28,7 +28,7 @@ DROPPING = 3
 
 def norm(width: int) -> nn.Module:
     """BatchNorm of a single image."""
-    return InstanceNorm(width, affine=True)
+    return nn.InstanceNorm2d(width, affine=True)
 
 
 class UNet(Planar):

@@ -6,7 +6,6 @@ copied twice.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Planar(nn.Module):
@@ -23,12 +22,3 @@ class Chain(Planar, nn.Sequential):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Of images in any order."""
         return super().forward(x_NCHW.contiguous())
-
-
-class InstanceNorm(nn.InstanceNorm2d):
-    """InstanceNorm as GroupNorm with a group for each channel: the same numbers, but one kernel for
-    which nothing is copied or reshaped."""
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Of the input's shape; of more than one place."""
-        return F.group_norm(x_NCHW, self.num_features, self.weight, self.bias, self.eps)
