@@ -1,11 +1,14 @@
 """README's gallery: python -m bench.gallery --runs DIR [--draw]
 
-Trains recipes, short and narrow by the flags below, in the folder of runs: what is trained there
+Trains recipes, short and narrow by the flags below, in the folder of runs (RUNS) and on the data
+sets in the folder that SADDLE_DATA names (DATA): what is trained there
 stays, what was broken off goes on. `--draw` makes the pictures in docs/gallery from them instead,
 and their rows of README's table, which say with what flags, for how long and on what each was
 trained; the rows of other recipes stay.
 """
 
+import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -57,8 +60,9 @@ FLAGS = {
     "--discriminator.width 24 --discriminator.layers 2 --metrics.every-kimg 5",
     "inpaint_celeba": "--kimg 20 --data.resolution 32 --generator.width 12 --generator.lr 1e-3 "
     "--discriminator.width 16 --discriminator.lr 1e-3 --adversarial 0.1 --metrics.every-kimg 5",
-    "srgan_x4": "--steps 2000 --pretrain-steps 1600 --generator.blocks 4 --generator.width 32 "
-    "--discriminator.width 16 --discriminator.hidden 256 --metrics.every-kimg 8",
+    "srgan_x4": "--data.path DATA/sr/BSD100 --steps 2000 --pretrain-steps 1600 "
+    "--generator.blocks 4 --generator.width 32 --discriminator.width 16 "
+    "--discriminator.hidden 256",
     "style_transfer": "--steps 1500 --data.resolution 64 --data.load 96 --styler.width 16 "
     "--styler.levels 3 --styler.lr 1e-3",
     "damsm_birds": "--epochs 60 --data.resolution 64 --data.load 76 --encoders.side 64 "
@@ -85,7 +89,6 @@ SHOWN = {
 BESIDE = {
     "cyclegan_horse2zebra": (6, (1, 4)),
     "pix2pix_facades": (3, (0, 1)),
-    "inpaint_celeba": (3, (1,)),
     "srgan_x4": (3, (0, 1)),
     "style_transfer": (3, (2,)),
     "vqvae_birds": (3, (1,)),
@@ -93,8 +96,8 @@ BESIDE = {
 """Recipes that make images of images: how many columns the run's last picture of held-out ones has,
 and those that are shown, which are of no photographs of the dataset."""
 
-UNSEEN = ("damsm_birds",)
-"""Trained for others' sake: its pictures are the dataset's own."""
+UNSEEN = ("damsm_birds", "inpaint_celeba")
+"""Whose pictures are the dataset's own, wholly or for the most part."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ class Command:
 
 def train(name: str, runs: Path) -> None:
     """Train a recipe to its end. Raises CalledProcessError where that fails."""
+    given = FLAGS[name].replace("RUNS", str(runs)).replace("DATA", os.environ["SADDLE_DATA"])
     flags = [
-        *FLAGS[name].replace("RUNS", str(runs)).split(),
+        *given.split(),
         "--runs",
         str(runs),
         "--run",
@@ -137,12 +141,17 @@ def row(name: str, run: Run) -> str:
 
 
 def some_columns(picture: Image.Image, count: int, shown: tuple[int, ...]) -> Image.Image:
-    """Some of a picture's columns, which are of one width."""
+    """Some of a picture's columns of squares, its rows side by side until it is about a square."""
     each = picture.width // count
-    parts = [picture.crop((i * each, 0, (i + 1) * each, picture.height)) for i in shown]
-    found = Image.new("RGB", (each * len(parts), picture.height))
-    for i, part in enumerate(parts):
-        found.paste(part, (i * each, 0))
+    rows = picture.height // each
+    across = max(1, round(math.sqrt(rows / len(shown))))
+    width, down = each * len(shown), math.ceil(rows / across)
+    found = Image.new("RGB", (across * width, down * each))
+    for row in range(rows):
+        for place, i in enumerate(shown):
+            square = picture.crop((i * each, row * each, (i + 1) * each, (row + 1) * each))
+            corner = row // down * width + place * each, row % down * each
+            found.paste(square, corner)
     return found
 
 
