@@ -1,10 +1,10 @@
 """README's gallery: python -m bench.gallery --runs DIR [--draw]
 
 Trains recipes, short and narrow by the flags below, in the folder of runs (RUNS) and on the data
-sets in the folder that SADDLE_DATA names (DATA): what is trained there
-stays, what was broken off goes on. `--draw` makes the pictures in docs/gallery from them instead,
-and their rows of README's table, which say with what flags, for how long and on what each was
-trained; the rows of other recipes stay.
+sets in the folder that SADDLE_DATA names (DATA): what is trained there stays, what was broken off
+goes on. `--draw` makes the pictures in docs/gallery from them instead, and their rows of README's
+table, which say with what flags, for how long and on what each was trained; the rows of other
+recipes stay.
 """
 
 import math
@@ -114,7 +114,8 @@ class Command:
 
 def train(name: str, runs: Path) -> None:
     """Train a recipe to its end. Raises CalledProcessError where that fails."""
-    given = FLAGS[name].replace("RUNS", str(runs)).replace("DATA", os.environ["SADDLE_DATA"])
+    data = os.environ.get("SADDLE_DATA", "DATA")
+    given = FLAGS[name].replace("RUNS", str(runs)).replace("DATA", data)
     flags = [
         *given.split(),
         "--runs",
