@@ -139,7 +139,7 @@ def _prepare(
         "classes": len(dataset.classes),
         "words": list(dataset.words) if recipe.step.reads_captions() else [],
     }
-    resumed = _resume(live, folder, facts, display)
+    resumed = _resume(live, folder, facts, dataset, display)
     fed = before["resolved"]["pipeline"][0] if before else None
     pipeline = open_pipeline(
         dataset, recipe.data, live.clock, recipe.seed, live.key, display.line, fed
@@ -276,13 +276,16 @@ def _as_shared(
     return replace(recipe, accumulate=accumulate), "as when the run began"
 
 
-def _resume(live: Session, folder: Path, facts: dict[str, Any], display: Display) -> bool:
+def _resume(
+    live: Session, folder: Path, facts: dict[str, Any], dataset: Dataset, display: Display
+) -> bool:
     """Load the newest whole checkpoint, if there is one."""
     newest = _agree(live.ranks, lambda: _newest(folder / "checkpoints", display))
     if newest is None:
         return False
     loaded = Loaded(newest, live.ranks.rank)
-    if loaded.index["dataset"] != facts["dataset"]:
+    # checkpoints of before knew a dataset by the times of its files as well
+    if loaded.index["dataset"] not in (facts["dataset"], dataset.identity(times=True)):
         raise ValueError(
             f"the dataset is not the one that {folder} was trained on ({facts['dataset_images']} "
             f"images now, {loaded.index['dataset_images']} then, or changed files); restore it, "

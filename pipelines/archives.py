@@ -113,21 +113,17 @@ class ArchiveSet(EncodedSet):
             raise OSError(f"{path} has changed since this run listed it: start the run again")
         return opened
 
-    def fingerprint(self) -> str:
+    def digest(self, times: bool) -> str:
         """From names and sizes of the archives, and what of them is used as what."""
         digest = hashlib.sha256()
         for number in np.unique(self.places["archive"]):
             digest.update(os.path.basename(bytes(self.archives[number])))
-            digest.update(self.stamps[number, 0].tobytes())
+            digest.update(self.stamps[number, : 1 + times].tobytes())
         parts = [self.names, self.places, self.labels]
         parts += [] if self.captions is None else [self.captions.tokens_NKL]
         for part in parts:
             digest.update(b"\0" if part is None else np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
-
-    def stamp(self) -> str:
-        used = self.stamps[np.unique(self.places["archive"])]
-        return hashlib.sha256(self.fingerprint().encode() + used.tobytes()).hexdigest()
 
 
 def holds_archives(path: Path) -> bool:

@@ -32,11 +32,11 @@ Sentences = list[list[str]]
 class BirdSet(FileSet):
     """Image files with boxes and captions."""
 
-    def fingerprint(self) -> str:
+    def digest(self, times: bool) -> str:
         """Of the images, the boxes, and what is said of them."""
         if self.captions is None:
-            return super().fingerprint()
-        digest = hashlib.sha256(super().fingerprint().encode())
+            return super().digest(times)
+        digest = hashlib.sha256(super().digest(times).encode())
         digest.update(self.captions.tokens_NKL.tobytes())
         digest.update("\n".join(self.captions.words).encode())
         return digest.hexdigest()

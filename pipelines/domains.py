@@ -4,7 +4,6 @@ Layouts: CycleGAN's trainA, trainB, testA, testB (Zhu et al. 2017); pix2pix's tr
 both images in one file (Isola et al. 2017); a folder of large images (DIV2K and the like).
 """
 
-import hashlib
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,11 +89,8 @@ class Domains(Dataset):
         part, own = self._at(row)
         return part.describe(own)
 
-    def fingerprint(self) -> str:
-        return self.parts[0].identity()
-
-    def stamp(self) -> str:
-        return hashlib.sha256("".join(part.stamp() for part in self.parts).encode()).hexdigest()
+    def digest(self, times: bool) -> str:
+        return self.parts[0].identity(times)
 
 
 @dataclass

@@ -8,7 +8,6 @@ import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -84,18 +83,23 @@ class Dataset(ABC):
         """File name, or the like, for messages."""
 
     @abstractmethod
+    def digest(self, times: bool) -> str:
+        """Hex digest of what identifies the content, before any resizing; times: of when its files
+        were written, too."""
+
     def fingerprint(self) -> str:
-        """Hex digest of what identifies the content, before any resizing, also in a copy."""
+        """Digest of the content, also in a copy."""
+        return self.digest(times=False)
 
     def stamp(self) -> str:
-        """Hex digest that files written over in place change too, for what is made of them."""
-        return self.fingerprint()
+        """Digest that files written over in place change too, for what is made of them."""
+        return self.digest(times=True)
 
-    def identity(self) -> str:
-        """Fingerprint of the whole, a second domain included."""
+    def identity(self, times: bool = False) -> str:
+        """Digest of the whole, a second domain included."""
         if self.second is None:
-            return self.fingerprint()
-        both = self.fingerprint() + self.second.fingerprint()
+            return self.digest(times)
+        both = self.digest(times) + self.second.digest(times)
         return hashlib.sha256(both.encode()).hexdigest()
 
 
@@ -162,24 +166,18 @@ class FileSet(EncodedSet):
     def describe(self, row: int) -> str:
         return os.path.join(self.folder, os.fsdecode(bytes(self.names[row])))
 
-    def fingerprint(self) -> str:
+    def digest(self, times: bool) -> str:
         """From names and sizes: 200,000 files take about a second."""
         digest = hashlib.sha256(b"" if self.boxes is None else self.boxes.tobytes())
-        for name, found in self._stats():
-            digest.update(b"%s\0%d\n" % (name, found.st_size) if found else b"%s\0none\n" % name)
-        return digest.hexdigest()
-
-    def stamp(self) -> str:
-        """From their modification times too."""
-        times = [found.st_mtime_ns if found else 0 for _, found in self._stats()]
-        return hashlib.sha256(f"{self.fingerprint()} {times}".encode()).hexdigest()
-
-    def _stats(self) -> Iterator[tuple[bytes, os.stat_result | None]]:
         for name in map(bytes, self.names):
             try:
-                yield name, os.stat(os.path.join(os.fsencode(self.folder), name))
+                found = os.stat(os.path.join(os.fsencode(self.folder), name))
             except OSError:  # a link to nowhere, say: reading it will tell
-                yield name, None
+                digest.update(b"%s\0none\n" % name)
+                continue
+            when = b"\0%d" % found.st_mtime_ns if times else b""
+            digest.update(b"%s\0%d%s\n" % (name, found.st_size, when))
+        return digest.hexdigest()
 
 
 def _open(path: str) -> BinaryIO:
@@ -209,7 +207,7 @@ class ArraySet(Dataset):
     def describe(self, row: int) -> str:
         return f"{self.name} {self.split} image {row}"
 
-    def fingerprint(self) -> str:
+    def digest(self, times: bool) -> str:
         digest = hashlib.sha256(repr(self.images_NHWC.shape).encode())
         digest.update(np.ascontiguousarray(self.images_NHWC).data)
         return digest.hexdigest()
@@ -259,5 +257,5 @@ class Synthetic(Dataset):
     def describe(self, row: int) -> str:
         return f"synthetic {self.split} image {row}"
 
-    def fingerprint(self) -> str:
+    def digest(self, times: bool) -> str:
         return f"synthetic-1-{self.start}-{self.count}{'-negative' * self.negative}"

@@ -29,13 +29,10 @@ class Subset(Dataset):
     def describe(self, row: int) -> str:
         return self.whole.describe(int(self.rows[row]))
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.whole.fingerprint().encode())
+    def digest(self, times: bool) -> str:
+        digest = hashlib.sha256(self.whole.digest(times).encode())
         digest.update(self.rows.tobytes())
         return digest.hexdigest()
-
-    def stamp(self) -> str:
-        return hashlib.sha256(self.whole.stamp().encode() + self.rows.tobytes()).hexdigest()
 
 
 @dataclass

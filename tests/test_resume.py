@@ -92,6 +92,9 @@ def test_a_copy_of_the_dataset_is_the_same_dataset(tmp_path):
     shutil.copytree(tmp_path / "photos", tmp_path / "copy", copy_function=shutil.copyfile)
     output = train("dcgan_digits", *flags, str(tmp_path / "copy"), "--steps", "4")
     assert f"from {2 * BATCH} images" in output
+    images(tmp_path / "copy", 1, (24, 24), 2)
+    output = train("dcgan_digits", *flags, str(tmp_path / "copy"), "--steps", "6", code=2)
+    assert "the dataset is not the one that" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
