@@ -4,7 +4,6 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 
-import torch
 from rich.console import Console
 
 from engine import describe, micro_batch, session, sharing, world
@@ -59,6 +58,5 @@ def compile_ahead(recipe: Recipe, dataset: Dataset, ranks: Ranks, console: Conso
     batch = describe.example_batch(recipe, images, ranks.device)
     if dataset.labels is None:
         batch.labels_N = None
-    with torch.no_grad():
-        batch.position_N = live.clock.position_N()
+    batch.position_N = live.clock.position_N()
     compile_all(live, batch, lambda text: console.print(text, style="", highlight=False))
