@@ -20,7 +20,14 @@ from engine.metrics.schedule import Schedule
 from engine.monitors import Monitors
 from engine.precision import Precision, choose_precision
 from engine.profiling.profiler import Profiler
-from engine.recipe import Command, flatten, total_images
+from engine.recipe import (
+    Command,
+    check,
+    check_captions,
+    check_classes,
+    flatten,
+    total_images,
+)
 from engine.saver import Saver
 from engine.session import Session
 from engine.settings import Recipe
@@ -81,6 +88,19 @@ def fail(message: str, code: int) -> NoReturn:
         message = f"rank {rank} on {socket.gethostname()}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     world.leave(code)
+
+
+def examine(recipe: Recipe) -> tuple[Recipe, torch.device, Dataset]:
+    """A recipe with what it leaves to others settled, its device and its dataset, once it is known
+    that these go together. Raises DatasetMissing, or ValueError naming a setting."""
+    ranks, recipe = world.environment()[2], sharing.settled(recipe)
+    check(recipe, ranks)
+    device = world.choose_device(recipe.device)
+    sharing.check(recipe, choose_precision(recipe.precision, device), ranks)
+    dataset = find_dataset(recipe.data)
+    check_classes(recipe, len(dataset.classes))
+    check_captions(recipe, dataset.words)
+    return recipe, device, dataset
 
 
 def find_dataset(data: Data) -> Dataset:

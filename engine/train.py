@@ -23,8 +23,8 @@ from engine.failure import NonFinite, roll_back, write_evidence
 from engine.precision import choose_precision
 from engine.run import RunError, device_name
 from engine.settings import Metrics
-from engine.start import Training, begin, fail, find_dataset
-from engine.world import choose_device, environment, leave
+from engine.start import Training, begin, examine, fail
+from engine.world import environment, leave
 from kernels import dispatch
 from pipelines.datasets import BadImage, Dataset, DatasetMissing
 from pipelines.images import with_remedy
@@ -90,14 +90,8 @@ def train_with_rollbacks(t: Training) -> bool:
 def run_command(command: recipes.Command, name: str) -> int:
     """Check, start, train and finish; exit code. Prints one message for what goes wrong."""
     try:
-        command = replace(command, recipe=sharing.settled(command.recipe))
-        recipes.check(command.recipe, environment()[2])
-        device = choose_device(command.recipe.device)
-        precision = choose_precision(command.recipe.precision, device)
-        sharing.check(command.recipe, precision, environment()[2])
-        dataset = find_dataset(command.recipe.data)
-        recipes.check_classes(command.recipe, len(dataset.classes))
-        recipes.check_captions(command.recipe, dataset.words)
+        recipe, device, dataset = examine(command.recipe)
+        command = replace(command, recipe=recipe)
         cost = describe.cost(command.recipe, len(dataset.classes))
         if command.dry_run:
             dry_run(command.recipe, name, device, dataset, cost)

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from engine import describe, micro_batch, session, sharing, world
+from engine import describe, micro_batch, session, world
 from engine import recipe as recipes
 from engine.compile import CompileError, save_artifact
 from engine.run import RunError
 from engine.settings import Recipe
-from engine.start import compile_all, find_dataset, resolve
+from engine.start import compile_all, examine, resolve
 from engine.world import Ranks
 from pipelines.datasets import Dataset, DatasetMissing
 
@@ -23,13 +23,10 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("--warm needs a recipe: python -m launch.doctor --warm RECIPE ...")
     command = recipes.parse(arguments[0], arguments[1:])
-    recipe = sharing.settled(command.recipe)
-    if recipe.compile == "off":
+    if command.recipe.compile == "off":
         raise ValueError("--compile off leaves nothing to compile ahead: leave it out")
-    recipes.check(recipe, world.environment()[2])
-    device = world.choose_device(recipe.device)
     try:
-        dataset = find_dataset(recipe.data)
+        recipe, device, dataset = examine(command.recipe)
         with ExitStack() as exits:
             ranks = world.start(device)
             exits.callback(world.stop)

@@ -75,11 +75,7 @@ def _moved(func: Any, given: list[Tensor], made: list[Tensor], args: tuple, kwar
     known = {_place(t) for t in given}
     fresh = [t for t in made if _place(t) not in known]
     arguments = func._schema.arguments
-    written = [
-        value
-        for argument, value in zip(arguments, args, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
+    written = [v for a, v in zip(arguments, args, strict=False) if _is_written(a)]
     written += [kwargs[a.name] for a in arguments if a.name in kwargs and _is_written(a)]
     if not fresh and not written:
         return 0
