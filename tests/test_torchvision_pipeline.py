@@ -83,7 +83,7 @@ def test_no_worker_outlives_a_run_that_did_not_close(data, tmp_path, end):
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
-        pids = [int(pid) for pid in process.communicate(timeout=20)[0].split()]
+        pids = [int(pid) for pid in process.communicate(timeout=180)[0].split()]
     assert len(pids) == 2 and not any(runs(pid) for pid in pids)
 
 
