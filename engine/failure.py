@@ -70,6 +70,7 @@ def roll_back(t: Training, failure: NonFinite) -> None:
     newest = session.ranks.share(newest)
     if session.recipe.on_nan == "stop" or newest is None or salt > ROLLBACKS:
         raise failure
+    t.iterate.forget()
     checkpoint.restore(session, Loaded(newest, session.ranks.rank))
     session.change_noise(salt)
     for player in session.players.values():

@@ -8,6 +8,7 @@ passes and penalties are one unit for the reducer and the sharder.
 import copy
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -167,6 +168,8 @@ class Replicated(Alone):
         self.root = DistributedDataParallel(
             self.root, gradient_as_bucket_view=True, bucket_cap_mb=bucket, **{no_sync: False}
         )
+        # it would time every hundredth iteration, which a captured one cannot be
+        self.root._set_ddp_runtime_logging_sample_rate(sys.maxsize)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """The parts of a recipe: frozen dataclasses that tyro overrides and JSON stores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -174,6 +174,11 @@ class Algorithm:
     def settles(self) -> int:
         """The iteration from which on that is so."""
         return 0
+
+    def turns(self, iteration: int) -> Hashable:
+        """Which of its updates an iteration makes: iterations of equal turns give the device the
+        same work, whatever else the clock says."""
+        return ()
 
     def kinds(self) -> tuple[int, ...]:
         """Iterations that together show all that is computed."""
@@ -361,6 +366,9 @@ class Recipe:
     """Autocast dtype; auto takes bf16 where the hardware has it, fp16 (scaled) is for GPUs."""
     compile: Literal["auto", "off", "required"] = "auto"
     """torch.compile of the loss functions; auto says in one line where it runs eager and why."""
+    graph: Literal["off", "on"] = "off"
+    """On a GPU, replay whole iterations as captured CUDA graphs, one for each set of updates. What
+    is computed stays the same."""
     kernels: dispatch.Setting = "auto"
     """Triton's fused operations: auto where a bench has shown a gain, fused wherever they serve,
     reference never (plain PyTorch)."""

@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from engine import checkpoint, micro_batch, run, session, sharing, world
-from engine.compile import Compiler, choose_compile, graphs, load_artifact, rehearse
+from engine import checkpoint, resolution, run, session, sharing, world
+from engine.compile import graphs, load_artifact, rehearse
 from engine.describe import Cost
 from engine.display import Display
+from engine.iteration import CudaGraph, Iteration, choose_graph, own_stream
 from engine.metrics.schedule import Schedule
 from engine.monitors import Monitors
-from engine.precision import Precision, choose_precision
+from engine.precision import choose_precision
 from engine.profiling.profiler import Profiler
 from engine.recipe import (
     Command,
@@ -60,6 +61,7 @@ class Training:
     display: Display
     stop: StopRequest
     stats: Stats
+    iterate: Iteration
     exits: ExitStack
     record: Record | None = None
     snapshots: Snapshots | None = None
@@ -149,8 +151,11 @@ def _prepare(
     total = total_images(recipe, dataset.images)
     display = exits.enter_context(Display(total, f"{name} {folder.name}", quiet=ranks.rank > 0))
     flops = cost.flops_per_image * total / ranks.world_size
-    shared, micro = _as_shared(recipe, len(dataset.classes), ranks, before)
-    precision, compiler = resolve(shared, ranks, flops, before)
+    shared, micro = resolution.as_shared(recipe, len(dataset.classes), ranks, before)
+    precision, compiler = resolution.resolve(shared, ranks, flops, before)
+    captured = choose_graph(recipe, ranks.device, command.profile)
+    if captured[0]:
+        own_stream(ranks.device)
     live = session.start(shared, ranks, precision, compiler, total, len(dataset.classes))
     facts = {
         "recipe": name,
@@ -165,14 +170,16 @@ def _prepare(
         dataset, recipe.data, live.clock, recipe.seed, live.key, display.line, fed
     )
     exits.callback(pipeline.close)
-    resolved = _resolved(live, pipeline, precision, compiler) | {
+    resolved = resolution.facts(live, pipeline, precision, compiler, captured) | {
         "accumulate": [shared.accumulate, micro]
     }
-    for line in _introduction(resolved, ranks, dataset, recipe.step.notes()):
+    for line in resolution.introduction(resolved, ranks, dataset, recipe.step.notes()):
         display.line(line)
     for line in launcher.doubts():
         display.warn(line)
-    t = Training(name, folder, live, pipeline, total, facts, display, stop, Stats(ranks), exits)
+    graph, stats = CudaGraph if captured[0] else None, Stats(ranks)
+    iterate = Iteration(live, pipeline, stats, graph, display.line)
+    t = Training(name, folder, live, pipeline, total, facts, display, stop, stats, iterate, exits)
     t.saver = Saver(ranks)
     exits.callback(t.saver.close)
     if command.fresh:
@@ -193,22 +200,6 @@ def _prepare(
         t.profiler = Profiler(live, folder / "profile", name, pipeline.name, display.line)
         exits.callback(t.profiler.close)
     return t
-
-
-def _resolved(
-    live: Session, pipeline: Pipeline, precision: Precision, compiler: Compiler
-) -> dict[str, Any]:
-    """How settings were resolved here, each with its reason."""
-    ranks, shared = live.ranks, live.recipe
-    return {
-        "device": run.device_name(ranks.device),
-        "device_type": ranks.device.type,
-        "precision": [precision.name, precision.reason],
-        "compile": [compiler.active, compiler.reason],
-        "pipeline": [pipeline.name, pipeline.choice],
-        "ranks": [ranks.world_size, sharing.describe(shared, ranks.world_size)],
-        "sync_bn": sharing.choose_sync_bn(shared, ranks.world_size),
-    }
 
 
 def _open_outputs(
@@ -266,36 +257,6 @@ def _remove_unused(folder: Path, made: list[Path]) -> None:
                 place.rmdir()
 
 
-def resolve(
-    recipe: Recipe, ranks: Ranks, flops: float, before: dict[str, Any] | None = None
-) -> tuple[Precision, Compiler]:
-    """Precision and compilation, as they were resolved when the run began on such a device."""
-    precision = choose_precision(recipe.precision, ranks.device)
-    obstacle = sharing.compile_obstacle(recipe, ranks.world_size)
-    compiler = choose_compile(recipe.compile, ranks.device, flops, obstacle)
-    if before and before["resolved"]["device_type"] == ranks.device.type:
-        name, _ = before["resolved"]["precision"]
-        active, _ = before["resolved"]["compile"]
-        precision = Precision(name, "as when the run began", ranks.device.type)
-        if active != compiler.active and not (active and obstacle):
-            compiler = Compiler(active, "as when the run began", compiler.required)
-    return precision, compiler
-
-
-def _as_shared(
-    recipe: Recipe, classes: int, ranks: Ranks, before: dict[str, Any] | None
-) -> tuple[Recipe, str]:
-    """The recipe with micro-batches and synchronisation settled, as when the run began on so many
-    ranks; and why so many micro-batches."""
-    if not before or before["resolved"]["ranks"][0] != ranks.world_size:
-        return micro_batch.resolve(recipe, classes, ranks)
-    accumulate, synchronised = (before["resolved"][x][0] for x in ("accumulate", "sync_bn"))
-    recipe = replace(recipe, sync_bn="on" if synchronised else "off")
-    if recipe.batch_per_rank != "auto":
-        return micro_batch.resolve(recipe, classes, ranks)
-    return replace(recipe, accumulate=accumulate), "as when the run began"
-
-
 def _resume(
     live: Session, folder: Path, facts: dict[str, Any], dataset: Dataset, display: Display
 ) -> bool:
@@ -330,24 +291,6 @@ def _newest(checkpoints: Path, display: Display) -> Path | None:
             f"({damaged[-1].name} is the newest, without `.damaged`), or begin anew with --fresh"
         )
     return newest
-
-
-def _introduction(
-    resolved: dict[str, Any], ranks: Ranks, dataset: Dataset, notes: tuple[str, ...]
-) -> list[str]:
-    images = f"{len(dataset):,} images"
-    lines = [f"data: {dataset.name}, {images}" + (f" ({dataset.note})" if dataset.note else "")]
-    lines.append(f"pipeline: {resolved['pipeline'][1]}")
-    lines.append(f"device: {resolved['device']}")
-    if ranks.world_size > 1:
-        lines.append("ranks: {}: {}".format(*resolved["ranks"]))
-    parts, why = resolved["accumulate"]
-    if parts > 1:
-        lines.append(f"micro-batches: {parts} ({why})")
-    lines.append("precision: {} ({})".format(*resolved["precision"]))
-    active, reason = resolved["compile"]
-    lines.append(f"compile: {'on' if active else 'off'} ({reason})")
-    return [*lines, *notes]
 
 
 def take_artifact(path: Path, display: Display) -> None:

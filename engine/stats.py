@@ -29,11 +29,19 @@ class Stats:
     def add(self, values: Values) -> None:
         """Take in one iteration's values (0-d device tensors); no synchronisation. Iterations may
         report different ones: a lazy penalty is there only when it was computed."""
+        self.count(self.sum(values))
+
+    def sum(self, values: Values) -> list[str]:
+        """The device's part of `add`, which a graph may hold; the names for `count`."""
         current = {name: v.detach().float() for name, v in values.items()}
         for name in current.keys() - self._sums.keys():
             self._sums[name] = torch.zeros_like(current[name])
         torch._foreach_add_([self._sums[name] for name in current], list(current.values()))
-        for name in current:
+        return list(current)
+
+    def count(self, names: list[str]) -> None:
+        """The host's part of `add`."""
+        for name in names:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self, extra: Values | None = None) -> dict[str, float]:

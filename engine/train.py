@@ -20,6 +20,7 @@ from engine import checkpoint, describe, progress, sharing, watchdog
 from engine import recipe as recipes
 from engine.compile import CompileError, choose_compile
 from engine.failure import NonFinite, roll_back, write_evidence
+from engine.iteration import choose_graph
 from engine.precision import choose_precision
 from engine.run import RunError, device_name
 from engine.settings import Metrics
@@ -55,11 +56,8 @@ def loop(t: Training) -> bool:
         clock.enter(watchdog.DATA)
         waiting = time.monotonic()
         t.pipeline.ready(clock)
-        batch = t.pipeline.batch(clock)
         pace.waited += time.monotonic() - waiting
-        clock.enter(watchdog.STEP)
-        t.stats.add(t.session.step(batch))
-        clock.advance()
+        t.iterate()
         if not t.begun:
             progress.first_step(t)
         last, stop = clock.images >= t.total, t.stop.agreed(t.session.ranks)
@@ -130,6 +128,7 @@ def dry_run(
     compiler = choose_compile(
         recipe.compile, device, cost.flops_per_image * total / ranks, obstacle
     )
+    captured, why = choose_graph(recipe, device)
     units = ", ".join(cost.units) if compiler.active else "nothing"
     facts = {
         "dataset": f"{dataset.name}, {len(dataset):,} images"
@@ -140,6 +139,7 @@ def dry_run(
         "ranks": sharing.describe(recipe, ranks),
         "precision": f"{precision.name} ({precision.reason})",
         "compile": f"{units} ({compiler.reason})",
+        "graph": f"{'on' if captured else 'off'} ({why})",
         "kernels": "\n".join(": ".join(row) for row in dispatch.explain(device)),
         "pipeline": ": ".join(choose(dataset, recipe.data, device)),
         "metrics": _metrics(recipe.metrics),

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from engine import describe, micro_batch, session, world
+from engine import describe, micro_batch, resolution, session, world
 from engine import recipe as recipes
 from engine.compile import CompileError, save_artifact
 from engine.run import RunError
 from engine.settings import Recipe
-from engine.start import compile_all, examine, resolve
+from engine.start import compile_all, examine
 from engine.world import Ranks
 from pipelines.datasets import Dataset, DatasetMissing
 
@@ -48,7 +48,7 @@ def compile_ahead(recipe: Recipe, dataset: Dataset, ranks: Ranks, console: Conso
     classes = len(dataset.classes)
     recipe = replace(recipe, compile="required")
     recipe, _ = micro_batch.resolve(recipe, classes, ranks)
-    precision, compiler = resolve(recipe, ranks, float("inf"))
+    precision, compiler = resolution.resolve(recipe, ranks, float("inf"))
     total = recipes.total_images(recipe, dataset.images)
     live = session.start(recipe, ranks, precision, compiler, total, classes)
     images = live.clock.batch // ranks.world_size

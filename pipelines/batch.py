@@ -73,8 +73,16 @@ class Clock:
 
     def advance(self) -> None:
         """Go on to the next global batch."""
+        self.advance_host()
+        self.advance_device()
+
+    def advance_host(self) -> None:
+        """The host's part of it."""
         self.images += self.batch
         self.moves = 0
+
+    def advance_device(self) -> None:
+        """The device's part, which a graph may hold."""
         self.device_images += self.batch
 
     def seek(self, images: int) -> None:

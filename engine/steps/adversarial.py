@@ -105,6 +105,11 @@ class Adversarial(Algorithm):
         fooling = (SLOW if self.critic_warmup else self.critic_updates) - 1
         return tuple(sorted({0, fooling, *((1,) if self.r1 else ())}))
 
+    def turns(self, iteration: int) -> tuple[bool, bool]:
+        """Whether the generator is updated, and whether the discriminator is punished lazily."""
+        punishes = self.r1 > 0 and iteration % self.r1_every == 0
+        return self.generator_learns(iteration), punishes
+
     def generator_learns(self, iteration: int) -> bool:
         """Whether the generator is updated in this iteration, after the discriminator."""
         each = self.critic_updates
@@ -152,13 +157,11 @@ class Adversarial(Algorithm):
 
         def step(batch: Batch) -> Values:
             where = (batch.labels_N if self.classes() else None, key, batch.position_N)
-            iteration = discriminator.clock.iteration
-            learns = self.generator_learns(iteration)
+            learns, punishes = self.turns(discriminator.clock.iteration)
             made = generator.make(make, *where, hold=learns)
             if self.clip_weights:
                 discriminator.clip_weights(self.clip_weights)
-            turn = self.r1 and iteration % self.r1_every == 0
-            update = punish if turn else mix if self.gp else judge
+            update = punish if punishes else mix if self.gp else judge
             values = discriminator.update(update, batch.images_NCHW, made.tensor, *where)
             if learns:
                 with frozen(discriminator) as critic:

@@ -126,14 +126,18 @@ class Anomaly(Algorithm):
             "score_anomaly": float(score_N[unseen_N].mean()),
         }
 
+    def turns(self, iteration: int) -> tuple[bool, bool]:
+        """Whether the encoder learns, all else being trained, and whether the generator does."""
+        encodes = iteration >= self.gan_steps
+        return encodes, not encodes and iteration % self.critic_updates == 0
+
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         make = partial(make_fakes, latent=self.latent_dim())
         judge = partial(critic_update, penalty=self.penalty)
         fit = partial(encoder_update, kappa=self.kappa)
         generator, critic, encoder = (players[n] for n in ("generator", "critic", "encoder"))
 
-        def adversarial(batch: Batch) -> Values:
-            learns = critic.clock.iteration % self.critic_updates == 0
+        def adversarial(batch: Batch, learns: bool) -> Values:
             made = generator.make(make, key, batch.position_N, hold=learns)
             values = critic.update(judge, batch.images_NCHW, made.tensor, key, batch.position_N)
             if learns:
@@ -142,8 +146,9 @@ class Anomaly(Algorithm):
             return values
 
         def step(batch: Batch) -> Values:
-            if encoder.clock.iteration < self.gan_steps:
-                return adversarial(batch)
+            encodes, learns = self.turns(encoder.clock.iteration)
+            if not encodes:
+                return adversarial(batch, learns)
             with frozen(generator) as maker, frozen(critic) as judge_of_both:
                 return encoder.update(fit, maker, judge_of_both, batch.images_NCHW)
 

@@ -98,6 +98,11 @@ class Progressive(Algorithm):
         """The level of an iteration, were there no last one."""
         return (iteration + self.fade_steps) // (self.stable_steps + self.fade_steps)
 
+    def turns(self, iteration: int) -> tuple[int, bool]:
+        """The level, and whether it begins, with fresh optimizers."""
+        level = self.level(iteration)
+        return level, level > 0 and iteration == self.begins(level)
+
     def begins(self, level: int) -> int:
         """The first iteration of a level."""
         return max(level * (self.stable_steps + self.fade_steps) - self.fade_steps, 0)
@@ -130,10 +135,11 @@ class Progressive(Algorithm):
         all_levels = [self._level(level, generator) for level in range(network.top + 1)]
 
         def step(batch: Batch) -> Values:
-            level = min(self.level(clock.iteration), network.top)
-            if level and clock.iteration == self.begins(level):
+            level, begins = self.turns(clock.iteration)
+            if begins and level <= network.top:
                 for player in players.values():
                     player.restart()
+            level = min(level, network.top)
             alpha = self.alpha(level, clock.device_images // clock.batch)
             growth = level - 1 + alpha
             network.growth.copy_((growth * STEPS).round())

@@ -118,6 +118,10 @@ class SuperResolution(Algorithm):
         """Bicubic, made, and as it should be."""
         return self.trivial(batch)["bicubic"], *self.remade(networks, batch)
 
+    def turns(self, iteration: int) -> bool:
+        """Whether pretraining is over."""
+        return iteration >= self.pretrain_steps
+
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         generator, discriminator = players["generator"], players["discriminator"]
         vgg = read_vgg(self.vgg, generator.clock.device) if self.vgg else None
@@ -126,7 +130,7 @@ class SuperResolution(Algorithm):
 
         def step(batch: Batch) -> Values:
             small_NCHW, real_NCHW = batch.pair_NCHW, batch.images_NCHW
-            if generator.clock.iteration < self.pretrain_steps:
+            if not self.turns(generator.clock.iteration):
                 return generator.update(pixels_update, small_NCHW, real_NCHW)
             with frozen(discriminator) as critic:
                 values = generator.update(fool, critic, vgg, small_NCHW, real_NCHW)

@@ -159,6 +159,10 @@ class TextToCodes(Quantised):
             "word_bits_uniform": math.log2(self.transformer.network.words),
         }
 
+    def turns(self, iteration: int) -> bool:
+        """Whether the transformer learns, on the codes of an autoencoder that does not any more."""
+        return iteration >= self.settles()
+
     def start(self, players: dict[str, Player], key: Tensor) -> Callable[[Batch], Values]:
         learn_codes = super().start(players, key)
         autoencoder, transformer = players["autoencoder"], players["transformer"]
@@ -170,7 +174,7 @@ class TextToCodes(Quantised):
             )
 
         def step(batch: Batch) -> Values:
-            if transformer.clock.iteration < self.settles():
+            if not self.turns(transformer.clock.iteration):
                 return learn_codes(batch)
             code_NM = autoencoder.infer(codes_of, batch.images_NCHW)
             return transformer.update(loss, batch.tokens_NL, batch.lengths_N, code_NM)

@@ -1,0 +1,84 @@
+"""How what a recipe leaves open is settled where it runs, each with its reason; a run that goes on
+keeps to what was settled when it began."""
+
+from dataclasses import replace
+from typing import Any
+
+from engine import micro_batch, run, sharing
+from engine.compile import Compiler, choose_compile
+from engine.precision import Precision, choose_precision
+from engine.session import Session
+from engine.settings import Recipe
+from engine.world import Ranks
+from pipelines.datasets import Dataset
+from pipelines.open import Pipeline
+
+
+def facts(
+    live: Session,
+    pipeline: Pipeline,
+    precision: Precision,
+    compiler: Compiler,
+    graph: tuple[bool, str],
+) -> dict[str, Any]:
+    """How settings were resolved here, each with its reason."""
+    ranks, shared = live.ranks, live.recipe
+    return {
+        "device": run.device_name(ranks.device),
+        "device_type": ranks.device.type,
+        "precision": [precision.name, precision.reason],
+        "compile": [compiler.active, compiler.reason],
+        "graph": graph,
+        "pipeline": [pipeline.name, pipeline.choice],
+        "ranks": [ranks.world_size, sharing.describe(shared, ranks.world_size)],
+        "sync_bn": sharing.choose_sync_bn(shared, ranks.world_size),
+    }
+
+
+def resolve(
+    recipe: Recipe, ranks: Ranks, flops: float, before: dict[str, Any] | None = None
+) -> tuple[Precision, Compiler]:
+    """Precision and compilation, as they were resolved when the run began on such a device."""
+    precision = choose_precision(recipe.precision, ranks.device)
+    obstacle = sharing.compile_obstacle(recipe, ranks.world_size)
+    compiler = choose_compile(recipe.compile, ranks.device, flops, obstacle)
+    if before and before["resolved"]["device_type"] == ranks.device.type:
+        name, _ = before["resolved"]["precision"]
+        active, _ = before["resolved"]["compile"]
+        precision = Precision(name, "as when the run began", ranks.device.type)
+        if active != compiler.active and not (active and obstacle):
+            compiler = Compiler(active, "as when the run began", compiler.required)
+    return precision, compiler
+
+
+def as_shared(
+    recipe: Recipe, classes: int, ranks: Ranks, before: dict[str, Any] | None
+) -> tuple[Recipe, str]:
+    """The recipe with micro-batches and synchronisation settled, as when the run began on so many
+    ranks; and why so many micro-batches."""
+    if not before or before["resolved"]["ranks"][0] != ranks.world_size:
+        return micro_batch.resolve(recipe, classes, ranks)
+    accumulate, synchronised = (before["resolved"][x][0] for x in ("accumulate", "sync_bn"))
+    recipe = replace(recipe, sync_bn="on" if synchronised else "off")
+    if recipe.batch_per_rank != "auto":
+        return micro_batch.resolve(recipe, classes, ranks)
+    return replace(recipe, accumulate=accumulate), "as when the run began"
+
+
+def introduction(
+    resolved: dict[str, Any], ranks: Ranks, dataset: Dataset, notes: tuple[str, ...]
+) -> list[str]:
+    images = f"{len(dataset):,} images"
+    lines = [f"data: {dataset.name}, {images}" + (f" ({dataset.note})" if dataset.note else "")]
+    lines.append(f"pipeline: {resolved['pipeline'][1]}")
+    lines.append(f"device: {resolved['device']}")
+    if ranks.world_size > 1:
+        lines.append("ranks: {}: {}".format(*resolved["ranks"]))
+    parts, why = resolved["accumulate"]
+    if parts > 1:
+        lines.append(f"micro-batches: {parts} ({why})")
+    lines.append("precision: {} ({})".format(*resolved["precision"]))
+    for what in ("compile", "graph"):
+        active, reason = resolved[what]
+        lines.append(f"{what}: {'on' if active else 'off'} ({reason})")
+    return [*lines, *notes]
