@@ -1,9 +1,9 @@
 """Every adversarial recipe beside its plain form (plain.py, plain_translation.py, plain_text.py):
-plain, ours eager, compiled.
+plain, ours eager, compiled and, on a GPU, captured as CUDA graphs.
 
     pytest bench/bench_recipes.py --benchmark-only
 
-A round is one period of each of the three, which so take turns: all of the critic's updates and
+A round is one period of each of them, which so take turns: all of the critic's updates and
 the generator's, from where their pattern repeats on; of Progressive GAN at its last level. Each row
 gives images/s and the ratio to plain in the same run; compilation is excluded. Ours keeps the
 recipe's moving average and guards against non-finite values, plain does neither.
@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.iterating import iterating, on_own_stream
 from bench.plain import PlainGAN, normalised
 from bench.plain_text import PlainText, Reader
 from bench.plain_translation import PlainCycle, PlainEnlarging, PlainPaired
@@ -224,8 +225,9 @@ def plain(given: Recipe, device: torch.device):
     return period
 
 
-def ours(given: Recipe, device: torch.device, compiled: bool):
+def ours(given: Recipe, device: torch.device, compiled: bool, captured: bool = False):
     """A period of the session that a run would have."""
+    on_own_stream(device, captured)
     ranks, precision = world.Ranks(0, 0, 1, device), choose_precision("auto", device)
     live = session.start(given, ranks, precision, Compiler(compiled, "bench", True), 10**9)
     live.clock.seek(given.step.settles() * given.data.batch)
@@ -233,13 +235,12 @@ def ours(given: Recipe, device: torch.device, compiled: bool):
     real_NCHW, pair_NCHW = (
         t.contiguous(memory_format=torch.channels_last) for t in (real_NCHW, pair_NCHW)
     )
-
-    said = captions_batch(given, device)
+    where, said = live.clock.position_N(), captions_batch(given, device)
+    iterate = iterating(live, Batch(real_NCHW, label_N, where, pair_NCHW, *said), captured)
 
     def period():
         for _ in range(given.step.period()):
-            live.step(Batch(real_NCHW, label_N, live.clock.position_N(), pair_NCHW, *said))
-            live.clock.advance()
+            iterate()
 
     return period
 
@@ -264,6 +265,8 @@ def bench_recipe(benchmark, ratios, device, row, name):
     made = {"plain": plain(given, device), "eager": ours(given, device, False)}
     if device.type == "cuda" or not missing_toolchain():
         made["compiled"] = ours(given, device, True)
+    if device.type == "cuda":
+        made["captured"] = ours(given, device, True, captured=True)
     seconds = {variant: [] for variant in made}
 
     def turn():

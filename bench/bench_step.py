@@ -1,8 +1,9 @@
-"""One iteration of DCGAN-64 at batch 64: the PyTorch tutorial's, ours eager, ours compiled.
+"""One iteration of DCGAN-64 at batch 64: the PyTorch tutorial's, ours eager, ours compiled; on a
+GPU ours compiled and captured as a CUDA graph too.
 
     pytest bench/bench_step.py --benchmark-only
 
-The three take turns, so that whatever else the machine does falls on all of them; each row gives
+They take turns, so that whatever else the machine does falls on all of them; each row gives
 images/s and the ratio to the tutorial in the same run. Compilation is excluded from all figures.
 """
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.iterating import iterating, on_own_stream
 from bench.tutorial_dcgan import TutorialDCGAN
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
@@ -27,7 +29,7 @@ from pipelines.batch import Batch
 from pipelines.datasets import find
 
 BATCH, WARM_UP, ROUNDS = 64, 3, 12
-VARIANTS = ("tutorial", "eager", "compiled")
+VARIANTS = ("tutorial", "eager", "compiled", "captured")
 
 
 def small_dcgan():
@@ -49,26 +51,24 @@ def tutorial(device):
     return lambda: baseline.iteration(real_NCHW)
 
 
-def ours(device, compiled):
+def ours(device, compiled, captured=False):
+    on_own_stream(device, captured)
     ranks = world.Ranks(0, 0, 1, device)
     compiler = Compiler(compiled, "bench", required=True)
     precision = choose_precision("auto", device)
     live = session.start(small_dcgan(), ranks, precision, compiler, 10**6)
     real_NCHW = images(device, torch.channels_last)
-
-    def iteration():
-        live.step(Batch(real_NCHW, None, live.clock.position_N()))
-        live.clock.advance()
-
-    return iteration
+    return iterating(live, Batch(real_NCHW, None, live.clock.position_N()), captured)
 
 
 @pytest.fixture(scope="module")
 def iterations(device):
-    """The three variants, warmed up, and the seconds of each in rounds that take turns."""
+    """The variants, warmed up, and the seconds of each in rounds that take turns."""
     made = {"tutorial": tutorial(device), "eager": ours(device, False)}
     if device.type == "cuda" or not missing_toolchain():
         made["compiled"] = ours(device, True)
+    if device.type == "cuda":
+        made["captured"] = ours(device, True, captured=True)
     for run in made.values():
         for _ in range(WARM_UP):
             run()
@@ -91,7 +91,7 @@ def timed(run, device):
 def bench_iteration(benchmark, iterations, device, row, variant):
     made, seconds = iterations
     if variant not in made:
-        pytest.skip(missing_toolchain())
+        pytest.skip(missing_toolchain() or "a CUDA graph needs a GPU")
     median = statistics.median(seconds[variant])
     ratio = statistics.median(seconds["tutorial"]) / median
     benchmark.extra_info |= {"images_per_s": BATCH / median, "ratio_to_tutorial": ratio}
@@ -122,7 +122,7 @@ def peak_bytes(run, device):
 def bench_peak_memory(benchmark, iterations, device, row, variant):
     made, _ = iterations
     if variant not in made:
-        pytest.skip(missing_toolchain())
+        pytest.skip(missing_toolchain() or "a CUDA graph needs a GPU")
     peaks = {name: peak_bytes(made[name], device) for name in ("tutorial", variant)}
     ratio = peaks[variant] / peaks["tutorial"]
     benchmark.extra_info |= {"peak_mib": peaks[variant] / 2**20, "ratio_to_tutorial": ratio}

@@ -8,7 +8,6 @@ passes and penalties are one unit for the reducer and the sharder.
 import copy
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.networks.planar import Planar
 from engine.optimizer import Guarded
 from engine.world import Ranks
+
+NEVER = 2**31 - 1  # iterations
 
 
 class Root(nn.Module):
@@ -169,7 +170,7 @@ class Replicated(Alone):
             self.root, gradient_as_bucket_view=True, bucket_cap_mb=bucket, **{no_sync: False}
         )
         # it would time every hundredth iteration, which a captured one cannot be
-        self.root._set_ddp_runtime_logging_sample_rate(sys.maxsize)
+        self.root._set_ddp_runtime_logging_sample_rate(NEVER)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

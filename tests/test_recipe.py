@@ -30,6 +30,7 @@ def other_value(flag: str, value: object) -> tuple[list[str], object]:
         "device": "cpu",
         "precision": "fp32",
         "compile": "off",
+        "graph": "on",
         "kernels": "fused",
         "on-nan": "rollback",
         "data.name": "synthetic",
