@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.world import Ranks
 from pipelines.settings import cache_home
@@ -37,12 +36,13 @@ class Compiler:
     reason: str
     required: bool = False
     units: dict[Callable, str] = field(default_factory=dict)  # every function that came through
+    kept_eager: set[str] = field(default_factory=set)  # names of those that are faster so
     _compiled: dict[Callable, Callable] = field(default_factory=dict)
 
     def __call__(self, fn: Callable) -> Callable:
         """`fn` or its compiled form."""
         self.units.setdefault(fn, getattr(getattr(fn, "func", fn), "__name__", str(fn)))
-        if not self.active:
+        if not self.active or self.units[fn] in self.kept_eager:
             return fn
         if fn not in self._compiled:
             compiled = torch.compile(fn, fullgraph=True, dynamic=False)
@@ -113,11 +113,12 @@ def choose_compile(setting: str, device: torch.device, flops: float, obstacle: s
         compiler.fall_back(obstacle)
         return compiler
     if setting == "auto":
-        compiler.active, compiler.reason = _repays(device, flops)
+        compiler.active, compiler.reason = repays(device, flops)
     return compiler
 
 
-def _repays(device: torch.device, flops: float) -> tuple[bool, str]:
+def repays(device: torch.device, flops: float) -> tuple[bool, str]:
+    """Whether a run of so many FLOPs is long enough to look first how it is done best, and why."""
     if device.type == "cuda":
         return True, "GPU"
     seconds = flops / (CPU_FLOPS * torch.get_num_threads())
@@ -128,26 +129,22 @@ def _repays(device: torch.device, flops: float) -> tuple[bool, str]:
 
 def rehearse(
     iteration: Callable[[], Any],
-    state: list[Tensor],
     compiler: Compiler,
     ranks: Ranks,
     say: Callable[[str], None],
     together: bool = False,
 ) -> None:
-    """Compile by running `iteration` once, local rank 0 first, and put `state` back.
+    """Compile by running `iteration` once, local rank 0 first.
 
-    The iteration must reduce nothing over ranks and step no optimizer (`Session.rehearsing`). If it
+    The iteration must leave no trace and tell no rank anything (`Session.rehearsing`). If it
     fails to compile on any rank, all run eager. together: all ranks at once, for an iteration that
     gathers parameters from all of them.
     """
-    saved = [t.clone() for t in state]
     failure = ""
     for turn in (True, False):
         if (together and turn) or (not together and turn == (ranks.local_rank == 0)):
             failure = _attempt(iteration)
         ranks.barrier()
-    for tensor, copy in zip(state, saved, strict=True):
-        tensor.copy_(copy)
     if failures := [f for f in ranks.gather(failure) if f]:
         compiler.fall_back(f"compilation failed: {failures[0]}")
         say(f"compile: eager ({compiler.reason})")

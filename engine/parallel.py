@@ -260,9 +260,9 @@ class Sharded(Alone):
         return Piece(rows.view(-1), first * width, shape)
 
 
-def share(parallel: str, network: nn.Module, ranks: Ranks) -> Alone:
+def share(parallel: str, network: nn.Module, ranks: Ranks, planar: bool = False) -> Alone:
     """A network as its ranks share it, by the setting's way; alone where there is one rank or
-    nothing to train."""
+    nothing to train. planar: weights channel by channel, not channels last."""
     kind = Replicated
     if ranks.world_size == 1 or not any(p.requires_grad for p in network.parameters()):
         kind = Alone
@@ -272,7 +272,7 @@ def share(parallel: str, network: nn.Module, ranks: Ranks) -> Alone:
         from engine.zero import STAGES
 
         kind = STAGES[parallel]
-    network = network.to(memory_format=kind.memory_format)
+    network = network.to(memory_format=torch.contiguous_format if planar else kind.memory_format)
     for part in network.modules():
         if isinstance(part, Planar):
             part.settle()

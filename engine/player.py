@@ -51,11 +51,12 @@ class Player:
         compiler: Compiler,
         accumulate: int = 1,
         total_images: int = 0,
+        planar: bool = False,
     ) -> None:
         self.name, self.settings = name, settings
         self.clock, self.precision, self.compiler = clock, precision, compiler
         self.accumulate, self.total_images = accumulate, total_images
-        self.shared = share(parallel, network, ranks)
+        self.shared = share(parallel, network, ranks, planar)
         self.network, self.parameters = network, self.shared.trained()
         self.lr = torch.tensor(settings.optimizer.lr, device=clock.device)
         self.average = None

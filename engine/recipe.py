@@ -22,7 +22,16 @@ FOLDER = Path(__file__).parent / "recipes"
 MAY_CHANGE = (
     *(f"{part}." for part in ("length", "outputs", "metrics")),
     *(f"data.{name}" for name in ("root", "path", "cache", "workers", "download", "on_error")),
-    *("device", "graph", "on_nan", "parallel", "batch_per_rank", "hang_after"),
+    *(
+        "device",
+        "graph",
+        "memory_format",
+        "probe",
+        "on_nan",
+        "parallel",
+        "batch_per_rank",
+        "hang_after",
+    ),
     # runs whose content is pinned by step.encoders_digest and step.vqvae_digest
     *("step.damsm", "step.vqvae"),
 )

@@ -7,6 +7,7 @@ from typing import Any
 from engine import micro_batch, run, sharing
 from engine.compile import Compiler, choose_compile
 from engine.precision import Precision, choose_precision
+from engine.probe import Choice
 from engine.session import Session
 from engine.settings import Recipe
 from engine.world import Ranks
@@ -20,15 +21,19 @@ def facts(
     precision: Precision,
     compiler: Compiler,
     graph: tuple[bool, str],
+    found: list[Choice],
 ) -> dict[str, Any]:
-    """How settings were resolved here, each with its reason."""
+    """How settings were resolved here, each with its reason; found: what was measured."""
     ranks, shared = live.ranks, live.recipe
+    measured = {c.what: c.said for c in found}
     return {
         "device": run.device_name(ranks.device),
         "device_type": ranks.device.type,
         "precision": [precision.name, precision.reason],
         "compile": [compiler.active, compiler.reason],
         "graph": graph,
+        "memory_format": [shared.memory_format, measured.get("memory_format", "not measured")],
+        "kernels": [shared.kernels, measured.get("kernels", "not measured")],
         "pipeline": [pipeline.name, pipeline.choice],
         "ranks": [ranks.world_size, sharing.describe(shared, ranks.world_size)],
         "sync_bn": sharing.choose_sync_bn(shared, ranks.world_size),
@@ -78,6 +83,8 @@ def introduction(
     if parts > 1:
         lines.append(f"micro-batches: {parts} ({why})")
     lines.append("precision: {} ({})".format(*resolved["precision"]))
+    if resolved["memory_format"][1] != "not measured":
+        lines.append(f"memory format: {resolved['memory_format'][1]}")
     for what in ("compile", "graph"):
         active, reason = resolved[what]
         lines.append(f"{what}: {'on' if active else 'off'} ({reason})")

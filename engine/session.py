@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,9 @@ class Session:
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
-        """Steps inside compute everything but reduce no gradient and update nothing."""
+        """Steps inside compute everything but reduce no gradient and update nothing; what else they
+        change is put back."""
+        saved = [tensor.clone() for tensor in self.state_tensors()]
         for player in self.players.values():
             player.rehearsing = True
         try:
@@ -63,6 +65,9 @@ class Session:
         finally:
             for player in self.players.values():
                 player.rehearsing = False
+            with torch.no_grad():
+                for tensor, before in zip(self.state_tensors(), saved, strict=True):
+                    tensor.copy_(before)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -116,5 +121,21 @@ def start(
             compiler=compiler,
             accumulate=recipe.accumulate,
             total_images=total_images,
+            planar=recipe.memory_format == "contiguous",
         )
-    return Session(recipe, ranks, clock, key, players, recipe.step.start(players, key))
+    step = recipe.step.start(players, key)
+    if recipe.memory_format == "contiguous":
+        step = _of_planar(step)
+    return Session(recipe, ranks, clock, key, players, step)
+
+
+def _of_planar(step: Callable[[Batch], Values]) -> Callable[[Batch], Values]:
+    """The step, given images channel by channel: convolutions take the order of what they are
+    given, whatever that of their weights."""
+
+    def planar(batch: Batch) -> Values:
+        pair_NCHW = None if batch.pair_NCHW is None else batch.pair_NCHW.contiguous()
+        images_NCHW = batch.images_NCHW.contiguous()
+        return step(replace(batch, images_NCHW=images_NCHW, pair_NCHW=pair_NCHW))
+
+    return planar

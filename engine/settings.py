@@ -366,6 +366,12 @@ class Recipe:
     """Autocast dtype; auto takes bf16 where the hardware has it, fp16 (scaled) is for GPUs."""
     compile: Literal["auto", "off", "required"] = "auto"
     """torch.compile of the loss functions; auto says in one line where it runs eager and why."""
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Order of images and convolutions' weights; auto is channels_last, or what the probe finds
+    faster."""
+    probe: Literal["auto", "off"] = "auto"
+    """Before a run that is long enough, measure what is left to auto (memory format, compiled or
+    eager, kernels on a GPU) and keep what was found for the whole run."""
     graph: Literal["off", "on"] = "off"
     """On a GPU, replay whole iterations as captured CUDA graphs, one for each set of updates. What
     is computed stays the same."""

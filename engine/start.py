@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from engine import checkpoint, resolution, run, session, sharing, world
-from engine.compile import graphs, load_artifact, rehearse
+from engine import checkpoint, probe, resolution, run, session, sharing, world
+from engine.compile import Compiler, graphs, load_artifact, rehearse
 from engine.describe import Cost
 from engine.display import Display
 from engine.iteration import CudaGraph, Iteration, choose_graph, own_stream
@@ -153,6 +153,18 @@ def _prepare(
     flops = cost.flops_per_image * total / ranks.world_size
     shared, micro = resolution.as_shared(recipe, len(dataset.classes), ranks, before)
     precision, compiler = resolution.resolve(shared, ranks, flops, before)
+    here = before and before["resolved"]["device_type"] == ranks.device.type
+    found = _agree(
+        ranks,
+        lambda: (
+            probe.read(folder)
+            if here
+            else []
+            if before
+            else probe.settings(shared, ranks, precision, len(dataset.classes), flops, display.line)
+        ),
+    )
+    shared = probe.applied(shared, found)
     captured = choose_graph(recipe, ranks.device, command.profile)
     if captured[0]:
         own_stream(ranks.device)
@@ -170,7 +182,7 @@ def _prepare(
         dataset, recipe.data, live.clock, recipe.seed, live.key, display.line, fed
     )
     exits.callback(pipeline.close)
-    resolved = resolution.facts(live, pipeline, precision, compiler, captured) | {
+    resolved = resolution.facts(live, pipeline, precision, compiler, captured, found) | {
         "accumulate": [shared.accumulate, micro]
     }
     for line in resolution.introduction(resolved, ranks, dataset, recipe.step.notes()):
@@ -191,11 +203,10 @@ def _prepare(
     if ranks.world_size > 1 and recipe.hang_after and live.clock.images < total:
         watchdog = Watchdog(folder, ranks, live.clock, recipe.hang_after)
         exits.callback(watchdog.start().close)
-    if compiler.active and live.clock.images < total:
-        if command.compile_artifact:
-            take_artifact(command.compile_artifact, display)
-        pipeline.ready(live.clock)
-        compile_all(live, pipeline.batch(live.clock), display.line)
+    if live.clock.images < total:
+        found += _compile(t, compiler, command, found, bool(before))
+        if found and not before and ranks.rank == 0:
+            probe.write(folder, found)
     if command.profile and ranks.rank == 0 and live.clock.images < total:
         t.profiler = Profiler(live, folder / "profile", name, pipeline.name, display.line)
         exits.callback(t.profiler.close)
@@ -293,6 +304,27 @@ def _newest(checkpoints: Path, display: Display) -> Path | None:
     return newest
 
 
+def _compile(
+    t: Training, compiler: Compiler, command: Command, found: list[probe.Choice], begun: bool
+) -> list[probe.Choice]:
+    """Compile what is to be; a run that begins measures whether that was well done."""
+    if not compiler.active:
+        return []
+    if command.compile_artifact:
+        take_artifact(command.compile_artifact, t.display)
+    compiler.kept_eager = probe.kept_eager(found)
+    t.pipeline.ready(t.session.clock)
+    batch = t.pipeline.batch(t.session.clock)
+    compile_all(t.session, batch, t.display.line)
+    recipe = t.session.recipe
+    if begun or not compiler.active or (recipe.compile, recipe.probe) != ("auto", "auto"):
+        return []
+    choices = probe.compilation(t.session, compiler, batch)
+    for made in choices:
+        t.display.line(f"{made.what}: {made.said}")
+    return choices
+
+
 def take_artifact(path: Path, display: Display) -> None:
     """Have what is compiled found in a file of `launch.doctor --warm`."""
     try:
@@ -310,7 +342,6 @@ def compile_all(live: Session, batch: Batch, say: Callable[[str], None]) -> None
     with live.rehearsing():
         rehearse(
             lambda: live.rehearse(batch),
-            live.state_tensors(),
             next(iter(live.players.values())).compiler,
             live.ranks,
             say,

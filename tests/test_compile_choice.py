@@ -204,7 +204,6 @@ def test_a_rehearsal_runs_both_updates_and_leaves_no_trace(live, steps_before):
     with live.rehearsing():
         rehearse(
             lambda: ran.append(live.step(batch_of(live))),
-            live.state_tensors(),
             Compiler(True, "test"),
             RANKS,
             pytest.fail,
@@ -236,7 +235,7 @@ def test_where_compilation_fails_the_run_goes_on_eager_and_says_why(live):
     compiler, said, before = Compiler(True, "test"), [], everything(live)
     iteration = failing(live, TorchDynamoException("no such op\nmany\nlines"))
     with live.rehearsing():
-        rehearse(iteration, live.state_tensors(), compiler, RANKS, said.append)
+        rehearse(iteration, compiler, RANKS, said.append)
     assert not compiler.active
     assert said == ["compile: eager (compilation failed: no such op)"]
     assert_untouched(live, before)
@@ -246,13 +245,13 @@ def test_where_compilation_fails_but_is_required_the_run_ends(live):
     compiler = Compiler(True, "test", required=True)
     iteration = failing(live, TorchDynamoException("no such op"))
     with live.rehearsing(), pytest.raises(CompileError, match=r"compile=required.*no such op"):
-        rehearse(iteration, live.state_tensors(), compiler, RANKS, pytest.fail)
+        rehearse(iteration, compiler, RANKS, pytest.fail)
 
 
 def test_an_error_that_is_not_the_compilers_is_not_hidden(live):
     iteration = failing(live, KeyError("mine"))
     with live.rehearsing(), pytest.raises(KeyError, match="mine"):
-        rehearse(iteration, live.state_tensors(), Compiler(True, "test"), RANKS, pytest.fail)
+        rehearse(iteration, Compiler(True, "test"), RANKS, pytest.fail)
 
 
 @pytest.mark.slow
@@ -263,7 +262,7 @@ def test_what_dynamo_cannot_trace_falls_back_for_real(live):
 
     compiler, said = Compiler(True, "test"), []
     network, x = nn.Linear(2, 2), torch.ones(1, 2)
-    rehearse(lambda: compiler(untraceable)(network, x), [], compiler, RANKS, said.append)
+    rehearse(lambda: compiler(untraceable)(network, x), compiler, RANKS, said.append)
     assert not compiler.active and len(said) == 1
     assert said[0].startswith("compile: eager (compilation failed: ")
     assert compiler(untraceable)(network, x).shape == (1, 2)

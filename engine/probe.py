@@ -1,0 +1,191 @@
+"""Which way of computing is the faster one here? Measured before a run begins, where its length
+repays it, and kept in RUN/probe.json: the same run goes on in the same way.
+
+What is measured is an iteration of each kind, on a made-up batch, without an update or a word to
+another rank: every way of it computes the same, up to rounding. The ways take turns.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine import session
+from engine.compile import Compiler, repays
+from engine.describe import example_batch
+from engine.precision import Precision
+from engine.session import Session
+from engine.settings import Recipe
+from engine.stats import synchronize
+from engine.world import Ranks
+from kernels import dispatch
+from pipelines.batch import Batch
+
+FILE = "probe.json"
+ROUNDS = 3
+PATIENCE_S = 60.0  # after which no further round is begun
+GAIN = 1.1  # what a way must be faster than the usual one: noise is not to decide
+WAYS = {"memory_format": ("channels_last", "contiguous"), "kernels": ("auto", "fused")}
+"""Of settings that may be left to auto, the usual one first."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that was measured. ms: an iteration of each kind, by way, the usual one first."""
+
+    what: str
+    ms: dict[str, float]
+    chosen: str
+
+    @property
+    def said(self) -> str:
+        """In words, with the figures."""
+        figures = ", ".join(f"{way} {ms:,.0f} ms" for way, ms in self.ms.items())
+        return f"{self.chosen} (measured: {figures})"
+
+
+def choice(what: str, ms: dict[str, float]) -> Choice:
+    """The usual way, unless another is faster beyond noise."""
+    usual, fastest = next(iter(ms)), min(ms, key=lambda way: ms[way])
+    return Choice(what, ms, fastest if ms[usual] > GAIN * ms[fastest] else usual)
+
+
+def in_turns(ways: dict[str, Callable[[], object]], ranks: Ranks) -> dict[str, float]:
+    """Milliseconds of each way: the median of rounds, after one that does not count. All of these
+    ranks call it, and make as many rounds."""
+    device, start = ranks.device, time.monotonic()
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for round_ in range(1 + ROUNDS):
+        if round_ > 1 and ranks.share(time.monotonic() - start > PATIENCE_S):
+            break
+        for way, run in ways.items():
+            synchronize(device)
+            began = time.monotonic()
+            run()
+            synchronize(device)
+            found[way].append((time.monotonic() - began) * 1000)
+    return {way: round(statistics.median(ms[1:]), 3) for way, ms in found.items()}
+
+
+def settings(
+    recipe: Recipe,
+    ranks: Ranks,
+    precision: Precision,
+    classes: int,
+    flops: float,
+    say: Callable[[str], None],
+) -> list[Choice]:
+    """What the recipe leaves to auto, measured by this rank alone where a run of so many FLOPs is
+    worth it. Raises ValueError for sizes that do not fit."""
+    if recipe.probe == "off" or not repays(ranks.device, flops)[0]:
+        return []
+    say("probe: measuring what is left to auto (--probe off takes the usual)")
+    found: list[Choice] = []
+    for setting, ways in WAYS.items():
+        if getattr(recipe, setting) != "auto":
+            continue
+        alone = _alone(applied(recipe, found), ranks)
+        lives = {
+            way: _session(replace(alone, **{setting: way}), ranks, precision, classes)
+            for way in ways
+        }
+        if _differ(setting, lives, ranks.device):
+            ways = {way: _rehearsing(live, _noise(live)) for way, live in lives.items()}
+            found.append(choice(setting, in_turns(ways, _lone(ranks))))
+    return found
+
+
+def applied(recipe: Recipe, found: list[Choice]) -> Recipe:
+    """The recipe with what was found in place of auto."""
+    settled = {c.what: c.chosen for c in found if getattr(recipe, c.what, "") == "auto"}
+    return replace(recipe, **settled)
+
+
+def _alone(recipe: Recipe, ranks: Ranks) -> Recipe:
+    """One rank's share of it."""
+    data = replace(recipe.data, batch=recipe.data.batch // ranks.world_size)
+    return replace(recipe, data=data, sync_bn="off")
+
+
+def _session(recipe: Recipe, ranks: Ranks, precision: Precision, classes: int) -> Session:
+    images, eager = recipe.data.batch, Compiler(False, "probe")
+    return session.start(recipe, _lone(ranks), precision, eager, images, classes)
+
+
+def _lone(ranks: Ranks) -> Ranks:
+    """This rank, as if there were no other."""
+    return Ranks(0, ranks.local_rank, 1, ranks.device)
+
+
+def _differ(setting: str, lives: dict[str, Session], device: torch.device) -> bool:
+    """Whether there is anything that the setting changes."""
+    if setting == "kernels":
+        return device.type == "cuda"
+    players = lives[WAYS[setting][0]].players.values()
+    weights = [p for player in players for p in player.network.parameters() if p.ndim == 4]
+    return any(
+        p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+        for p in weights
+    )
+
+
+def _noise(live: Session) -> Batch:
+    """A batch that shows noise."""
+    batch = example_batch(live.recipe, live.clock.batch, live.clock.device)
+    noise = torch.Generator().manual_seed(0)
+    for images_NCHW in (batch.images_NCHW, batch.pair_NCHW):
+        if images_NCHW is not None:
+            images_NCHW.copy_(torch.rand(images_NCHW.shape, generator=noise) * 2 - 1)
+    return batch
+
+
+def _rehearsing(live: Session, batch: Batch) -> Callable[[], None]:
+    def run() -> None:
+        with dispatch.using(live.recipe.kernels), live.rehearsing():
+            live.rehearse(batch)
+
+    return run
+
+
+def compilation(live: Session, compiler: Compiler, batch: Batch) -> list[Choice]:
+    """For each function that was compiled, whether it is faster so, the others being compiled; what
+    is not runs eager from here on. All ranks measure, rank 0's figures count."""
+
+    def with_eager(*names: str) -> Callable[[], None]:
+        def run() -> None:
+            compiler.kept_eager = set(names)
+            _rehearsing(live, batch)()
+
+        return run
+
+    names = sorted(set(compiler.units.values()))
+    ms = in_turns({"": with_eager(), **{n: with_eager(n) for n in names}}, live.ranks)
+    ms = live.ranks.share(ms)
+    found = [choice(f"compile {n}", {"compiled": ms[""], "eager": ms[n]}) for n in names]
+    compiler.kept_eager = kept_eager(found)
+    return found
+
+
+def kept_eager(choices: list[Choice]) -> set[str]:
+    """Names of the functions that are faster so."""
+    return {c.what.removeprefix("compile ") for c in choices if c.chosen == "eager"}
+
+
+def write(folder: Path, choices: list[Choice]) -> None:
+    """RUN/probe.json, whole or not at all."""
+    scratch = folder / f".{FILE}"
+    scratch.write_text(json.dumps([asdict(c) for c in choices], indent=1))
+    os.replace(scratch, folder / FILE)
+
+
+def read(folder: Path) -> list[Choice]:
+    """What was measured when the run began; nothing where nothing was, or the file is damaged."""
+    try:
+        return [Choice(**entry) for entry in json.loads((folder / FILE).read_text())]
+    except (FileNotFoundError, ValueError, TypeError):
+        return []
