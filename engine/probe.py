@@ -81,23 +81,33 @@ def settings(
     say: Callable[[str], None],
 ) -> list[Choice]:
     """What the recipe leaves to auto, measured by this rank alone where a run of so many FLOPs is
-    worth it. Raises ValueError for sizes that do not fit."""
-    if recipe.probe == "off" or not repays(ranks.device, flops)[0]:
+    worth it and a network is whole on each rank. Raises ValueError for sizes that do not fit."""
+    whole = ranks.world_size == 1 or recipe.parallel == "ddp"
+    if recipe.probe == "off" or not whole or not repays(ranks.device, flops)[0]:
         return []
     say("probe: measuring what is left to auto (--probe off takes the usual)")
     found: list[Choice] = []
-    for setting, ways in WAYS.items():
-        if getattr(recipe, setting) != "auto":
-            continue
-        alone = _alone(applied(recipe, found), ranks)
-        lives = {
-            way: _session(replace(alone, **{setting: way}), ranks, precision, classes)
-            for way in ways
-        }
-        if _differ(setting, lives, ranks.device):
-            ways = {way: _rehearsing(live, _noise(live)) for way, live in lives.items()}
-            found.append(choice(setting, in_turns(ways, _lone(ranks))))
+    for setting in WAYS:
+        if getattr(recipe, setting) == "auto":
+            try:
+                found += _setting(setting, applied(recipe, found), ranks, precision, classes)
+            except torch.OutOfMemoryError:
+                say(f"probe: no memory for two networks; the usual {setting.replace('_', ' ')}")
     return found
+
+
+def _setting(
+    setting: str, recipe: Recipe, ranks: Ranks, precision: Precision, classes: int
+) -> list[Choice]:
+    alone = _alone(recipe, ranks)
+    lives = {
+        way: _session(replace(alone, **{setting: way}), ranks, precision, classes)
+        for way in WAYS[setting]
+    }
+    if not _differ(setting, lives, ranks.device):
+        return []
+    ways = {way: _rehearsing(live, _noise(live)) for way, live in lives.items()}
+    return [choice(setting, in_turns(ways, _lone(ranks)))]
 
 
 def applied(recipe: Recipe, found: list[Choice]) -> Recipe:

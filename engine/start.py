@@ -153,17 +153,12 @@ def _prepare(
     flops = cost.flops_per_image * total / ranks.world_size
     shared, micro = resolution.as_shared(recipe, len(dataset.classes), ranks, before)
     precision, compiler = resolution.resolve(shared, ranks, flops, before)
-    here = before and before["resolved"]["device_type"] == ranks.device.type
-    found = _agree(
-        ranks,
-        lambda: (
-            probe.read(folder)
-            if here
-            else []
-            if before
-            else probe.settings(shared, ranks, precision, len(dataset.classes), flops, display.line)
-        ),
-    )
+    if before:
+        known = before["resolved"]["device_type"] == ranks.device.type
+        found = _agree(ranks, lambda: probe.read(folder) if known else [])
+    else:
+        measure = (shared, ranks, precision, len(dataset.classes), flops, display.line)
+        found = _agree(ranks, lambda: probe.settings(*measure))
     shared = probe.applied(shared, found)
     captured = choose_graph(recipe, ranks.device, command.profile)
     if captured[0]:

@@ -82,6 +82,23 @@ def test_what_makes_no_difference_is_not_measured():
     assert not measured("pix2pix_facades")  # its networks go channel by channel in any case
 
 
+def test_a_network_that_is_spread_over_ranks_is_not_measured_by_one():
+    small, two = toy("dcgan_celeba", 4)[0], Ranks(0, 0, 2, CPU)
+    for way, count in (("fsdp2", 0), ("ddp", 1)):
+        found = probe.settings(replace(small, parallel=way), two, FP32, 0, 1.0, [].append)
+        assert len(found) == count
+
+
+def test_where_memory_is_short_the_usual_is_taken(monkeypatch):
+    def short(*_args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(probe, "in_turns", short)
+    said: list[str] = []
+    assert not probe.settings(toy("dcgan_celeba", 4)[0], RANKS, FP32, 0, 1.0, said.append)
+    assert "no memory" in said[-1]
+
+
 def test_a_short_run_is_not_measured(monkeypatch):
     monkeypatch.setattr(compile, "WORTHWHILE_S", 600.0)
     assert not measured("dcgan_celeba")
