@@ -1,6 +1,7 @@
 """Measuring while training: when, what is written of it, and which checkpoint is the best so far.
 
-metrics.jsonl            one object per evaluation: images, figures, protocol, seconds
+metrics.jsonl            one object per evaluation: images, figures, protocol, seconds that it
+                         took, and those since the process began that were not spent on measuring
 checkpoints/best.json    images, metric, value, protocol (digest) of the best checkpoint
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine import BEGAN
 from engine.checkpoint import read_best
 from engine.metrics.evaluator import Evaluation
 from engine.metrics.open import open_evaluator
@@ -54,6 +56,10 @@ class Schedule:
         """Share of the wall time since it was opened."""
         return self._seconds / max(time.monotonic() - self._began, 1e-9)
 
+    def _since_start(self) -> float:
+        """Seconds since the process began, without those of measuring and of preparing it."""
+        return time.monotonic() - BEGAN - self._prepared - self._seconds
+
     def account(self) -> str:
         """What measuring cost, in a line; empty where nothing was measured."""
         if not self._seconds:
@@ -92,12 +98,7 @@ class Schedule:
         self.improved, self._pending = True, self._best
 
     def _append(self, images: int, evaluation: Evaluation) -> None:
-        entry = {
-            "images": images,
-            "figures": {k: v if math.isfinite(v) else None for k, v in evaluation.figures.items()},
-            "protocol": evaluation.protocol.values(),
-            "seconds": round(evaluation.seconds, 3),
-        }
+        entry = entry_of(images, evaluation, self._since_start())
         try:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -106,3 +107,14 @@ class Schedule:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in evaluation.figures.items())
         best = " (the best so far)" if self.improved else ""
         self._say(f"metrics at {images:,} images{best}: {shown} ({evaluation.seconds:.1f} s)")
+
+
+def entry_of(images: int, evaluation: Evaluation, since_start: float) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    return {
+        "images": images,
+        "figures": {k: v if math.isfinite(v) else None for k, v in evaluation.figures.items()},
+        "protocol": evaluation.protocol.values(),
+        "seconds": round(evaluation.seconds, 3),
+        "since_start": round(since_start, 3),
+    }
