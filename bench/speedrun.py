@@ -17,17 +17,11 @@ Everything is kept in --out: the same command skips finished runs and begins an 
 anew, as its clock would be wrong. results.json and curves.png are made at the end.
 """
 
-import fcntl
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,10 +30,18 @@ import torch
 import tyro
 
 from bench import speedrun_report as report
+from bench.speedrun_folder import (
+    finished,
+    fresh,
+    note_end,
+    only_rulers,
+    opened,
+    run_until,
+)
 from bench.speedrun_report import Race, arrival, best, read_curve
 from engine import recipe as recipes
 from engine.metrics.evaluator import Evaluator
-from engine.run import RunError, commit, device_name
+from engine.run import RunError, device_name
 from engine.settings import Recipe
 from engine.start import examine
 from engine.steps.adversarial import Adversarial
@@ -48,11 +50,10 @@ from engine.whole import write_whole
 from engine.world import Ranks, choose_device
 from pipelines.datasets import BadImage, DatasetMissing
 from pipelines.pack import CacheUnusable
+from pipelines.settings import cache_home
 
 ROOT = Path(__file__).parents[1]
 FAILURES = (RunError, DatasetMissing, BadImage, CacheUnusable, OSError)
-LOOK_S = 0.25  # between looks at what a run has measured
-LEAVE_S = 120.0  # that a run may take to save and stop
 OWN = ("seed", "run", "run-name", "runs", "fresh", "dry-run", "profile", "data.cache")
 OWN += ("metrics.every-kimg", "on-nan")
 """Flags of engine.train that a speedrun gives itself, or cannot do with."""
@@ -118,116 +119,24 @@ def checked(command: Command) -> Recipe:
     return examine(recipe)[0]
 
 
-@contextmanager
-def opened(command: Command) -> Iterator[int]:
-    """The folder, alone, with its settings written down; gives the lock's file descriptor, which
-    runs inherit, so that one that outlives its speedrun is not overtaken. Raises ValueError for
-    a folder of something else, RunError for one in use."""
-    folder = command.folder()
-    stored, now = folder / "settings.json", command.settings()
-    if (
-        folder.exists()
-        and not stored.exists()
-        and [p for p in folder.iterdir() if p.name[0] != "."]
-    ):
-        raise ValueError(f"{folder} holds something else than a speedrun: name another --out")
-    if stored.exists() and (before := json.loads(stored.read_text())) != now:
-        lines = [
-            f"{k}: {before.get(k)} then, {v} now" for k, v in now.items() if before.get(k) != v
-        ]
-        raise ValueError(
-            f"{folder} was begun with other settings ({'; '.join(lines)}): name another --out"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = f"{folder} is in use by another speedrun, or a run of one that was killed"
-            raise RunError(f"{text}: wait for it, or end it") from None
-        write_whole(stored, json.dumps(now, indent=1).encode())
-        yield lock.fileno()
-
-
-def run_until(
-    arguments: list[str], log: Path, lock: int, cache: Path, there: Callable[[], bool]
-) -> str:
-    """Run a module in a process of its own until it ends or is `there`, and is told to stop: which.
-    Raises RunError where it fails."""
-    variables = {"SADDLE_CACHE": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "compiled")}
-    variables |= {"TRITON_CACHE_DIR": str(cache / "triton"), "PYTHONUNBUFFERED": "1"}
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | variables,
-            pass_fds=(lock,),
-        )
-        try:
-            while process.poll() is None:
-                if there():
-                    return "reached"
-                time.sleep(LOOK_S)
-        finally:
-            _leave(process)
-    if process.returncode:
-        lines = log.read_text().strip().splitlines() or ["nothing"]
-        raise RunError(f"{arguments[0]} ended with {process.returncode} ({log}): {lines[-1]}")
-    return "reached" if there() else "ended"
-
-
-def _leave(process: subprocess.Popen) -> None:
-    """Tell a process to stop and wait until it has."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(LEAVE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def fresh(folder: Path, rulers: Path | None = None) -> Path:
-    """A folder for a run with what an interrupted one left there taken away; its cache, which holds
-    the extractor and the real images' features, if given, and nothing else."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    cache = folder / "cache"
-    cache.mkdir(parents=True)
-    for pattern in ("classifier-*", "features-*"):
-        for path in rulers.glob(pattern) if rulers else ():
-            shutil.copy2(path, cache)
-    return cache
-
-
-def note_end(folder: Path, how: str, more: dict[str, Any]) -> None:
-    """Write down that a run is finished, and on what machine."""
-    facts = {"ended": how, "commit": commit(), "load": round(os.getloadavg()[1], 2)} | more
-    write_whole(folder / "finished.json", json.dumps(facts, indent=1).encode())
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run need not be made again."""
-    return (folder / "finished.json").exists()
+def open_rulers(recipe: Recipe) -> None:
+    """Make the extractor and the real images' features, or find that they are there."""
+    Evaluator(recipe, Ranks(0, 0, 1, choose_device(recipe.device)), say).close()
 
 
 def tutorial(command: Command, seed: int, lock: int) -> Path:
     """Train the tutorial's loop, unless that was done: its curve."""
     folder = command.folder() / f"tutorial-seed{seed}"
-    path = folder / "metrics.jsonl"
     if not finished(folder):
         fresh(folder)
         arguments = ["bench.speedrun_tutorial", command.recipe, str(folder.absolute())]
         for flag in ("kimg", "every_kimg", "workers"):
             arguments += [f"--{flag.replace('_', '-')}", str(getattr(command, flag))]
         arguments += ["--seed", str(seed), *(["--own-networks"] * command.own_networks)]
-        rulers = command.folder().absolute() / "cache"
-        run_until(
-            [*arguments, "--", *command.flags], folder / "log.txt", lock, rulers, lambda: False
-        )
+        arguments += ["--", *command.flags]
+        run_until(arguments, folder / "log.txt", lock, cache_home(), lambda: False)
         note_end(folder, "ended", {})
-    return path
+    return folder / "metrics.jsonl"
 
 
 def ours(command: Command, seed: int, target: float, lock: int) -> Path:
@@ -235,16 +144,15 @@ def ours(command: Command, seed: int, target: float, lock: int) -> Path:
     folder = command.folder() / f"ours-seed{seed}"
     path = folder / command.recipe / "run" / "metrics.jsonl"
     if not finished(folder):
-        rulers = command.folder().absolute() / "cache"
-        cache = fresh(folder, None if command.warm else rulers)
         if command.warm:
             warm_up(command, lock)
-        how = train_ours(
-            command, seed, folder, rulers if command.warm else cache.absolute(), lock, target
-        )
+        fresh(folder)
+        cache = cache_home() if command.warm else only_rulers(folder / "cache")
+        how = train_ours(command, seed, folder, cache, lock, target)
         resolved = json.loads((path.parent / "recipe.json").read_text())["resolved"]
         note_end(folder, how, {"resolved": resolved})
-        shutil.rmtree(cache)
+        if not command.warm:
+            shutil.rmtree(cache)
     return path
 
 
@@ -252,17 +160,15 @@ def train_ours(
     command: Command, seed: int, folder: Path, cache: Path, lock: int, target: float
 ) -> str:
     """The ordinary command, until it reaches the target; how it ended."""
-    runs = ["--runs", str(folder.absolute()), "--run-name", "run"]
-    measure = ["--metrics.every-kimg", str(command.every_kimg)]
-    arguments = ["engine.train", command.recipe, *command.flags, "--seed", str(seed)]
     path = folder / command.recipe / "run" / "metrics.jsonl"
-    return run_until(
-        [*arguments, *measure, *runs],
-        folder / "log.txt",
-        lock,
-        cache,
-        lambda: arrival(read_curve(path), target) is not None,
-    )
+    arguments = ["engine.train", command.recipe, *command.flags, "--seed", str(seed)]
+    arguments += ["--metrics.every-kimg", str(command.every_kimg)]
+    arguments += ["--runs", str(folder.absolute()), "--run-name", "run"]
+
+    def there() -> bool:
+        return arrival(read_curve(path), target) is not None
+
+    return run_until(arguments, folder / "log.txt", lock, cache, there)
 
 
 def warm_up(command: Command, lock: int) -> None:
@@ -270,8 +176,8 @@ def warm_up(command: Command, lock: int) -> None:
     folder = command.folder() / "warm-up"
     if not finished(folder):
         fresh(folder)
-        rulers = command.folder().absolute() / "cache"
-        note_end(folder, train_ours(command, 0, folder, rulers, lock, float("inf")), {})
+        how = train_ours(command, 0, folder, cache_home(), lock, float("inf"))
+        note_end(folder, how, {})
 
 
 def race(command: Command, seed: int, lock: int) -> Race:
@@ -348,13 +254,11 @@ def accepted(command: Command, recipe: Recipe) -> Path:
 def speedrun(command: Command) -> None:
     """All of it. Raises ValueError for a wrong command, FAILURES for the rest."""
     recipe = checked(command)
-    with opened(command) as lock:
+    with opened(command.folder(), command.settings()) as lock:
         folder = command.folder()
         names = [f"{loop}-seed{seed}" for seed in command.seeds for loop in report.LOOPS]
         if not all(finished(folder / name) for name in names):  # one ruler for all, made here
-            data = replace(recipe.data, cache=folder.absolute() / "cache")
-            device = choose_device(recipe.device)
-            Evaluator(replace(recipe, data=data), Ranks(0, 0, 1, device), say).close()
+            open_rulers(recipe)
         publish(command, recipe, [race(command, seed, lock) for seed in command.seeds])
 
 
@@ -369,9 +273,10 @@ def main(arguments: list[str] | None = None) -> int:
     prog = "python -m bench.speedrun"
     command = tyro.cli(Command, prog=prog, description=__doc__, args=arguments[:cut])
     command = replace(command, flags=tuple(arguments[cut + 1 :]))
-    signal.signal(signal.SIGTERM, _end)
     return exit_code(lambda: speedrun(command), FAILURES)
 
 
 if __name__ == "__main__":
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, _end)
     sys.exit(main())

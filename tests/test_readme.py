@@ -42,11 +42,12 @@ WARM = [c for c in COMMANDS if "-m launch.doctor --warm" in c]
 DOCTOR = [c for c in COMMANDS if "-m launch.doctor" in c and c not in WARM]
 PREDICT = [c for c in COMMANDS if "-m launch.scaling" in c]
 INSPECT = "python -m kernels.inspect --sm 90"
+SPEEDRUN = "python -m bench.speedrun dcgan_mnist"  # in test_speedrun.py
 FEW = ["--metrics.generated", "300", "--metrics.real", "300"]
 
 
 def test_every_command_is_tried_here():
-    elsewhere = {"pytest bench/ --benchmark-only", INSPECT, *SLURM}
+    elsewhere = {"pytest bench/ --benchmark-only", INSPECT, SPEEDRUN, *SLURM}
     others = set(COMMANDS) - {
         *TRAIN,
         *USE,
