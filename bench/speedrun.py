@@ -55,7 +55,7 @@ from pipelines.settings import cache_home
 ROOT = Path(__file__).parents[1]
 FAILURES = (RunError, DatasetMissing, BadImage, CacheUnusable, OSError)
 OWN = ("seed", "run", "run-name", "runs", "fresh", "dry-run", "profile", "data.cache")
-OWN += ("metrics.every-kimg", "on-nan")
+OWN += ("metrics.every-kimg",)
 """Flags of engine.train that a speedrun gives itself, or cannot do with."""
 
 
@@ -237,7 +237,7 @@ def publish(command: Command, recipe: Recipe, races: list[Race]) -> None:
     title = f"{command.recipe}: the tutorial's loop ({nets}) and ours\n{facts['device']}, "
     title += f"torch {facts['torch']}, {', '.join(sorted(commits))}"
     try:
-        report.plot(folder / "curves.png", title, races)
+        report.plot(folder / "curves.png", title, facts["protocol"]["extractor"], races)
         places.append(folder / "curves.png")
     except ModuleNotFoundError:
         warn("no plot without matplotlib: pip install 'saddle[plot]', and repeat the command")

@@ -146,8 +146,9 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def plot(path: Path, title: str, races: Sequence[Race]) -> None:
-    """Draw figure over seconds, with a ring where the target was reached."""
+def plot(path: Path, title: str, ruler: str, races: Sequence[Race]) -> None:
+    """Draw figure over seconds, with a ring where the target was reached; ruler: what the distance
+    was measured by."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
@@ -168,7 +169,8 @@ def plot(path: Path, title: str, races: Sequence[Race]) -> None:
     for race in races:
         label = "target, per seed" if race is races[0] else None
         axes.axhline(race.target, color="grey", linewidth=0.8, linestyle="--", label=label)
-    axes.set(yscale="log", xlabel="seconds from the command, without measuring", ylabel="FID")
+    axes.set(yscale="log", xlabel="seconds from the command, without measuring")
+    axes.set_ylabel(f"Frechet distance\n{ruler}")
     axes.set_xlim(left=0)
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(ScalarFormatter())

@@ -89,7 +89,7 @@ def test_one_that_never_came_there_is_told_and_counts_as_the_slowest():
 
 
 def test_the_plot_is_drawn_for_what_was_not_reached_too(tmp_path):
-    plot(tmp_path / "curves.png", "made up", races(curve(math.nan, 5.0), curve(3.0)))
+    plot(tmp_path / "curves.png", "two loops", "made up", races(curve(math.nan, 5.0), curve(3.0)))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
