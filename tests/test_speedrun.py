@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,15 @@ def test_a_stated_figure_takes_the_place_of_the_tutorials_best(tmp_path, pretend
     assert "not reached" in capsys.readouterr().out
     assert main(command) == 2
     assert "begun with other settings (flags:" in capsys.readouterr().err
+
+
+def test_a_warm_start_has_one_before_it_that_is_not_timed(tmp_path, pretended):
+    command = [NAME, "--seeds", "3", "4", "--warm", "--out", str(tmp_path)]
+    assert main(command) == 0
+    ours = [a for a in pretended if a[0] == "engine.train"]
+    assert [a[a.index("--seed") + 1] for a in ours] == ["0", "3", "4"]
+    folders = [Path(a[a.index("--runs") + 1]).name for a in ours]
+    assert folders == ["warm-up", "ours-seed3", "ours-seed4"]
 
 
 def test_figures_of_two_protocols_are_not_compared(tmp_path, pretended, monkeypatch, capsys):
