@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,24 +154,16 @@ def _prepare(
     flops = cost.flops_per_image * total / ranks.world_size
     shared, micro = resolution.as_shared(recipe, len(dataset.classes), ranks, before)
     precision, compiler = resolution.resolve(shared, ranks, flops, before)
-    if before:
-        known = before["resolved"]["device_type"] == ranks.device.type
-        found = _agree(ranks, lambda: probe.read(folder) if known else [])
-    else:
-        measure = (shared, ranks, precision, len(dataset.classes), flops, display.line)
-        found = _agree(ranks, lambda: probe.settings(*measure))
+    measure = partial(probe.settings, shared, ranks, precision, len(dataset.classes), flops)
+    found = _agree(
+        ranks, lambda: _known(folder, before, ranks) if before else measure(display.line)
+    )
     shared = probe.applied(shared, found)
     captured = choose_graph(recipe, ranks.device, command.profile)
     if captured[0]:
         own_stream(ranks.device)
     live = session.start(shared, ranks, precision, compiler, total, len(dataset.classes))
-    facts = {
-        "recipe": name,
-        "dataset": dataset.identity(),
-        "dataset_images": dataset.images,
-        "classes": len(dataset.classes),
-        "words": list(dataset.words) if recipe.step.reads_captions() else [],
-    }
+    facts = _facts(name, recipe, dataset)
     resumed = _resume(live, folder, facts, dataset, display)
     fed = before["resolved"]["pipeline"][0] if before else None
     pipeline = open_pipeline(
@@ -180,10 +173,7 @@ def _prepare(
     resolved = resolution.facts(live, pipeline, precision, compiler, captured, found) | {
         "accumulate": [shared.accumulate, micro]
     }
-    for line in resolution.introduction(resolved, ranks, dataset, recipe.step.notes()):
-        display.line(line)
-    for line in launcher.doubts():
-        display.warn(line)
+    _introduce(display, resolution.introduction(resolved, ranks, dataset, recipe.step.notes()))
     graph, stats = CudaGraph if captured[0] else None, Stats(ranks)
     iterate = Iteration(live, pipeline, stats, graph, display.line)
     t = Training(name, folder, live, pipeline, total, facts, display, stop, stats, iterate, exits)
@@ -261,6 +251,31 @@ def _remove_unused(folder: Path, made: list[Path]) -> None:
             (folder / ".lock").unlink()
             for place in made:
                 place.rmdir()
+
+
+def _introduce(display: Display, lines: list[str]) -> None:
+    """Say how the run is done, and what is doubtful of the machine."""
+    for line in lines:
+        display.line(line)
+    for line in launcher.doubts():
+        display.warn(line)
+
+
+def _facts(name: str, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint says of the run."""
+    return {
+        "recipe": name,
+        "dataset": dataset.identity(),
+        "dataset_images": dataset.images,
+        "classes": len(dataset.classes),
+        "words": list(dataset.words) if recipe.step.reads_captions() else [],
+    }
+
+
+def _known(folder: Path, before: dict[str, Any], ranks: Ranks) -> list[probe.Choice]:
+    """What was measured when the run began, if that was on such a device."""
+    here = before["resolved"]["device_type"] == ranks.device.type
+    return probe.read(folder) if here else []
 
 
 def _resume(
