@@ -1,5 +1,5 @@
-"""Every adversarial recipe beside its plain form (plain.py, plain_translation.py, plain_text.py):
-plain, ours eager, compiled and, on a GPU, captured as CUDA graphs.
+"""Every adversarial and variational recipe beside its plain form (plain.py, plain_translation.py,
+plain_text.py, plain_vae.py): plain, ours eager, compiled and, on a GPU, captured as CUDA graphs.
 
     pytest bench/bench_recipes.py --benchmark-only
 
@@ -26,6 +26,7 @@ from bench.iterating import iterating, on_own_stream
 from bench.plain import PlainGAN, normalised
 from bench.plain_text import PlainText, Reader
 from bench.plain_translation import PlainCycle, PlainEnlarging, PlainPaired
+from bench.plain_vae import PlainVAE
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
 from engine.describe import cost
@@ -34,6 +35,7 @@ from engine.precision import choose_precision
 from engine.settings import Optimizer, PlayerSettings, Recipe, RMSprop
 from engine.stats import synchronize
 from engine.steps.adversarial import Adversarial
+from engine.steps.autoencoder import Variational
 from engine.steps.cycle import Cycle
 from engine.steps.paired import Paired
 from engine.steps.progressive import Progressive
@@ -45,8 +47,8 @@ from pipelines.captions import LENGTH
 WARM_UP, ROUNDS = 1, 5
 FEWEST, MOST_FLOPS = 16, 64e9
 CLASSES = 150  # of birds to train on: few images of a batch share theirs
-WIDTHS = ("width", "base", "channels", "hidden")
-FAMILIES = (Adversarial, Progressive, Cycle, Paired, SuperResolution, TextToImage)
+WIDTHS = ("width", "widths", "base", "channels", "hidden")
+FAMILIES = (Adversarial, Progressive, Cycle, Paired, SuperResolution, TextToImage, Variational)
 ALL = {name: recipe.load(name) for name in recipe.names()}
 NAMES = [name for name, r in ALL.items() if isinstance(r.step, FAMILIES)]
 
@@ -104,7 +106,7 @@ def plain_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Opti
     return torch.optim.Adam(network.parameters(), settings.lr, settings.betas, settings.eps)
 
 
-Plain = PlainGAN | PlainCycle | PlainPaired | PlainEnlarging | PlainText
+Plain = PlainGAN | PlainCycle | PlainPaired | PlainEnlarging | PlainText | PlainVAE
 
 
 def plain_of(given: Recipe, device: torch.device) -> Plain:
@@ -130,6 +132,8 @@ def plain_of(given: Recipe, device: torch.device) -> Plain:
         )
     if isinstance(step, TextToImage):
         return plain_text(step, made)
+    if isinstance(step, Variational):
+        return PlainVAE(**made, pixels=step.pixels, beta=step.beta)
     latent = players["generator"].network.latent
     if isinstance(step, Progressive):
         return PlainGAN(
