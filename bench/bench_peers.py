@@ -1,0 +1,142 @@
+"""What a training loop costs: a bare one, accelerate's, Lightning's and ours around one DCGAN.
+
+    pytest bench/bench_peers.py --benchmark-only
+
+Each loop is a process of its own (peers.py says what it does); they take turns in blocks of
+iterations, the others waiting, and each block is compared with the bare loop's of the same round.
+
+    ratio      time of an iteration over that of the bare loop,
+    overhead   time of an iteration less that of the bare loop's computing: what loop, data and logs
+               add; for ours less than its loop costs where its own computing is the faster one,
+    outside    time spent outside the computing of its own, as a share.
+
+All are medians of the rounds, spread is the distance of their quartiles. The narrow networks are
+there to show what a loop costs, the usual ones to show how little that is.
+"""
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.peers import BATCHES, LOOPS, SIDES
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = {"narrow": (50, 20), "usual": (10, 10)}
+"""Iterations of a block, and rounds."""
+PACKAGES = ("accelerate", "lightning")
+Blocks = dict[str, list[dict[str, float]]]
+
+
+def missing(name: str) -> bool:
+    """Whether a loop's package is not here."""
+    return name in PACKAGES and importlib.util.find_spec(name) is None
+
+
+def versions(name: str) -> str:
+    """A loop's name, with its package's version."""
+    return f"{name} {version(name)}" if name in PACKAGES else name
+
+
+class Worker:
+    """A process that trains by one loop, block by block, when it is told to."""
+
+    def __init__(self, name: str, size: str, folder: Path) -> None:
+        block, rounds = BLOCKS[size]
+        folder.mkdir()
+        self.name, self.said = name, folder / "said"
+        command = [sys.executable, "-m", "bench.peers", name, size, str(folder)]
+        with open(self.said, "w") as said:
+            self.process = subprocess.Popen(
+                [*command, str(block), str(rounds + 1)],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
+
+    def train(self) -> dict[str, float]:
+        """What an iteration of the next block took."""
+        with suppress(BrokenPipeError):  # what it said last is shown below
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"{self.name} ended: {self.said.read_text()[-3000:]}"
+        return json.loads(line)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def take_turns(size: str, folder: Path) -> Blocks:
+    """Every loop's blocks, less the first, in rounds that begin with another loop each time."""
+    with ExitStack() as stack:
+        workers = []
+        for name in LOOPS:
+            if not missing(name):
+                workers.append(stack.enter_context(Worker(name, size, folder / name)))
+                workers[-1].train()
+        found: Blocks = {worker.name: [] for worker in workers}
+        for number in range(BLOCKS[size][1]):
+            first = number % len(workers)
+            for worker in workers[first:] + workers[:first]:
+                found[worker.name].append(worker.train())
+    return found
+
+
+def figures(found: Blocks, name: str) -> dict[str, float]:
+    """Of one loop: milliseconds of an iteration, and what is made of them."""
+    own, bare = found[name], found["bare"]
+    times = [block["seconds"] * 1000 for block in own]
+    both = list(zip(own, bare, strict=True))
+    low, _, high = statistics.quantiles(times)
+    return {
+        "milliseconds": statistics.median(times),
+        "spread": (high - low) / statistics.median(times),
+        "ratio_to_bare": statistics.median(a["seconds"] / b["seconds"] for a, b in both),
+        "overhead_ms": 1000 * statistics.median(a["seconds"] - b["inside"] for a, b in both),
+        "share_outside": statistics.median(1 - a["inside"] / a["seconds"] for a in own),
+    }
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Every loop's blocks by size, each measured once."""
+    known: dict[str, Blocks] = {}
+
+    def of(size: str) -> Blocks:
+        if size not in known:
+            known[size] = take_turns(size, tmp_path_factory.mktemp(size))
+        return known[size]
+
+    return of
+
+
+@pytest.mark.parametrize("size", SIDES)
+@pytest.mark.parametrize("name", LOOPS)
+def bench_loop(benchmark, measured, row, size, name):
+    if missing(name):
+        pytest.skip(f"{name} is not installed: pip install 'saddle[test]'")
+    f = figures(measured(size), name)
+    known = {"batch": BATCHES[size], "resolution": SIDES[size], "loop": versions(name)}
+    threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
+    benchmark.extra_info |= known | f | {"threads": int(threads)}
+    row(
+        f"{size:7} {versions(name):18} {f['milliseconds']:8.2f} ms ± {f['spread']:4.0%}   "
+        f"{f['ratio_to_bare']:5.3f} x bare   overhead {f['overhead_ms']:6.2f} ms   "
+        f"outside {f['share_outside']:5.1%}"
+    )
+    benchmark.pedantic(lambda: None, rounds=1)  # the figures are those above
