@@ -6,24 +6,25 @@ Each loop is a process of its own (peers.py says what it does); they take turns 
 iterations, the others waiting, and each block is compared with the bare loop's of the same round.
 
     ratio      time of an iteration over that of the bare loop,
-    overhead   time of an iteration less that of the bare loop's computing: what loop, data and logs
-               add; for ours less than its loop costs where its own computing is the faster one,
+    overhead   time of an iteration less that of the bare loop's computing: what loop, data, logs
+               and an engine's own care add; below zero where its own computing is faster,
     outside    time spent outside the computing of its own, as a share.
 
-All are medians of the rounds, spread is the distance of their quartiles. The narrow networks are
-there to show what a loop costs, the usual ones to show how little that is.
+Beside the time of the clock stands that of the processor, of all threads: with one thread on a CPU
+it holds on a busy machine, too. All are medians of the rounds, ± the distance of their quartiles.
+The narrow networks are there to show what a loop costs, the usual ones to show how little that is.
 """
 
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,18 +99,23 @@ def take_turns(size: str, folder: Path) -> Blocks:
 
 
 def figures(found: Blocks, name: str) -> dict[str, float]:
-    """Of one loop: milliseconds of an iteration, and what is made of them."""
-    own, bare = found[name], found["bare"]
-    times = [block["seconds"] * 1000 for block in own]
-    both = list(zip(own, bare, strict=True))
-    low, _, high = statistics.quantiles(times)
-    return {
-        "milliseconds": statistics.median(times),
-        "spread": (high - low) / statistics.median(times),
-        "ratio_to_bare": statistics.median(a["seconds"] / b["seconds"] for a, b in both),
-        "overhead_ms": 1000 * statistics.median(a["seconds"] - b["inside"] for a, b in both),
-        "share_outside": statistics.median(1 - a["inside"] / a["seconds"] for a in own),
-    }
+    """Of one loop: milliseconds of an iteration and what is made of them, by both clocks."""
+    made = {}
+    for unit, prefix in (("seconds", ""), ("cpu", "cpu_")):
+        own, bare, computing = (
+            np.array([block[part] for block in found[loop]])
+            for loop, part in ((name, unit), ("bare", unit), ("bare", f"inside_{unit}"))
+        )
+        inside = np.array([block[f"inside_{unit}"] for block in found[name]])
+        low, median, high = np.quantile(own, (0.25, 0.5, 0.75))
+        made |= {
+            f"{prefix}milliseconds": 1000 * median,
+            f"{prefix}spread": (high - low) / median,
+            f"{prefix}ratio_to_bare": np.median(own / bare),
+            f"{prefix}overhead_ms": 1000 * np.median(own - computing),
+            f"{prefix}share_outside": np.median(1 - inside / own),
+        }
+    return {key: float(value) for key, value in made.items()}
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +131,8 @@ def measured(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("size", SIDES)
 @pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("size", SIDES)
 def bench_loop(benchmark, measured, row, size, name):
     if missing(name):
         pytest.skip(f"{name} is not installed: pip install 'saddle[test]'")
@@ -134,9 +140,11 @@ def bench_loop(benchmark, measured, row, size, name):
     known = {"batch": BATCHES[size], "resolution": SIDES[size], "loop": versions(name)}
     threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
     benchmark.extra_info |= known | f | {"threads": int(threads)}
-    row(
-        f"{size:7} {versions(name):18} {f['milliseconds']:8.2f} ms ± {f['spread']:4.0%}   "
-        f"{f['ratio_to_bare']:5.3f} x bare   overhead {f['overhead_ms']:6.2f} ms   "
-        f"outside {f['share_outside']:5.1%}"
-    )
+    said = [
+        f"{what:3} {f[f'{prefix}milliseconds']:7.2f} ms ±{f[f'{prefix}spread']:4.0%} "
+        f"{f[f'{prefix}ratio_to_bare']:5.2f}x overhead {f[f'{prefix}overhead_ms']:6.2f} ms "
+        f"outside {f[f'{prefix}share_outside']:5.1%}"
+        for what, prefix in (("", ""), ("CPU", "cpu_"))
+    ]
+    row("   ".join([f"{size:6} {versions(name):17}", *said]))
     benchmark.pedantic(lambda: None, rounds=1)  # the figures are those above

@@ -50,6 +50,11 @@ NETWORKS = {
 BATCHES = {"narrow": 16, "usual": 64}
 
 
+def moment() -> np.ndarray:
+    """Seconds of the clock, and of all threads of this process on a processor."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 class Turns:
     """Blocks of iterations, each begun at someone's word: `with turns:` around the computing of an
     iteration, `turns.next(losses)` at its end."""
@@ -60,22 +65,28 @@ class Turns:
 
     def _begin(self) -> None:
         self.wait()
-        self.done, self.inside = 0, 0.0
-        self.began = time.perf_counter()
+        self.done, self.inside = 0, np.zeros(2)
+        self.began = moment()
 
     def __enter__(self) -> None:
-        self.entered = time.perf_counter()
+        self.entered = moment()
 
     def __exit__(self, *_: object) -> None:
-        self.inside += time.perf_counter() - self.entered
+        self.inside += moment() - self.entered
 
     def next(self, loss_d: Tensor, loss_g: Tensor) -> None:
         """Another iteration is done; at the end of a block, tell and wait."""
         self.done += 1
         if self.done == self.block:
             synchronize(self.device)
-            seconds = time.perf_counter() - self.began
-            self.tell({"seconds": seconds / self.block, "inside": self.inside / self.block})
+            took = {"": moment() - self.began, "inside_": self.inside}
+            self.tell(
+                {
+                    f"{part}{unit}": float(seconds) / self.block
+                    for part, both in took.items()
+                    for unit, seconds in zip(("seconds", "cpu"), both, strict=True)
+                }
+            )
             self._begin()
 
 

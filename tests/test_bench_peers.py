@@ -85,14 +85,22 @@ def test_blocks_are_begun_and_told():
             pass
         turns.next(zero, zero)
     assert [e if e == "wait" else "told" for e in events] == ["wait", *["told", "wait"] * 2]
-    assert all(0 <= e["inside"] <= e["seconds"] for e in events[1::2])
+    assert all(0 <= e["inside_seconds"] <= e["seconds"] for e in events[1::2])
+    assert all(0 <= e["inside_cpu"] <= e["cpu"] for e in events[1::2])
+
+
+def block(seconds: float, inside: float) -> dict[str, float]:
+    """On a machine that has something else to do half of the time."""
+    both = {"seconds": seconds, "inside_seconds": inside}
+    return both | {"cpu": seconds / 2, "inside_cpu": inside / 2}
 
 
 def test_figures_compare_blocks_of_one_round():
-    bare = [{"seconds": s, "inside": 0.8 * s} for s in (0.1, 0.2, 0.1)]
-    own = [{"seconds": 1.5 * b["seconds"], "inside": b["seconds"]} for b in bare]
+    bare = [block(s, 0.8 * s) for s in (0.1, 0.2, 0.1)]
+    own = [block(1.5 * b["seconds"], b["seconds"]) for b in bare]
     found = figures({"bare": bare, "ours": own}, "ours")
-    assert found["milliseconds"] == pytest.approx(150)
-    assert found["ratio_to_bare"] == pytest.approx(1.5)
-    assert found["overhead_ms"] == pytest.approx(70)
-    assert found["share_outside"] == pytest.approx(1 / 3)
+    for prefix, unit in (("", 1), ("cpu_", 0.5)):
+        assert found[f"{prefix}milliseconds"] == pytest.approx(150 * unit)
+        assert found[f"{prefix}ratio_to_bare"] == pytest.approx(1.5)
+        assert found[f"{prefix}overhead_ms"] == pytest.approx(70 * unit)
+        assert found[f"{prefix}share_outside"] == pytest.approx(1 / 3)
