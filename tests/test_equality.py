@@ -81,7 +81,7 @@ def test_two_ranks_train_what_one_does_in_float64(mode):
     ("mode", "case"),
     [
         ("ddp", "penalty compiled"),
-        ("ddp", "spectral norm compiled"),
+        pytest.param("ddp", "spectral norm compiled", marks=pytest.mark.repeated),
         pytest.param("ddp", "penalty of a critic compiled", marks=pytest.mark.repeated),
         pytest.param("ddp", "vae compiled", marks=pytest.mark.repeated),
         pytest.param("fsdp2", "penalty compiled", marks=pytest.mark.repeated),

@@ -28,6 +28,12 @@ from tests.tape import Tape
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = recipe.names()
+FEW = {type(recipe.load(name).step): name for name in reversed(NAMES)}.values()
+"""One of each algorithm."""
+MARKED = [
+    name if name in FEW else pytest.param(name, marks=[pytest.mark.slow, pytest.mark.repeated])
+    for name in NAMES
+]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -95,7 +101,7 @@ def spans(small: Recipe) -> list[tuple[int, int]]:
     return [(start, count) for start in sorted({0, small.step.settles()})]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MARKED)
 def test_replayed_iterations_are_those_of_the_run_as_written(name, tmp_path):
     small, _ = toy(name, 8)
     for start, count in spans(small):

@@ -40,7 +40,7 @@ def every(steps: int) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "compiled", "ranks"),
     [
-        ("dcgan_mnist", "off", 1),
+        pytest.param("dcgan_mnist", "off", 1, marks=[pytest.mark.slow, pytest.mark.repeated]),
         pytest.param("vae_mnist", "off", 1, marks=[pytest.mark.slow, pytest.mark.repeated]),
         ("vae_mnist", "required", 1),
         ("dcgan_mnist", "off", 2),
