@@ -15,10 +15,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+
+from bench.brief import params
+from bench.side_by_side import Beside, note
 
 ROOT = Path(__file__).parents[1]
 RANKS = max(2, torch.cuda.device_count())
@@ -44,9 +48,10 @@ PEAK: dict[str, Callable[[int, float], float]] = {
 }
 
 
-@pytest.mark.parametrize("way", HELD)
-def bench_memory(benchmark, row, way):
-    """The process's resident memory, less what it was before the network was there."""
+@cache
+def measure(way: str) -> tuple[float, float, float]:
+    """Held between iterations, and at most, in P, and P in bytes: the process's resident memory,
+    less what it was before the network was there."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += [f"--nproc_per_node={RANKS}", "-m", "bench.memory_one", way]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -56,9 +61,18 @@ def bench_memory(benchmark, row, way):
     line = next(x for x in done.stdout.splitlines() if x.startswith("{"))
     found = json.loads(line)
     size = 4 * found["parameters"]
-    held, peak = (max(found[kind]) / size for kind in ("held", "peak"))
+    return max(found["held"]) / size, max(found["peak"]) / size, size
+
+
+@pytest.mark.parametrize("way", params(HELD, ["ddp", "fsdp2"]))
+def bench_memory(benchmark, row, way):
+    """Beside what DDP holds."""
+    base, (held, peak, size) = measure("ddp"), measure(way)
     wanted = {"held": HELD[way](RANKS, BUCKET / size), "peak": PEAK[way](RANKS, BUCKET / size)}
     benchmark.extra_info |= {"ranks": RANKS, "held_p": held, "peak_p": peak, "predicted": wanted}
+    both = zip(("held", "at most"), (held, peak), base[:2], strict=True)
+    figures = [Beside("ddp", f"{way}, {kind}", "P", p, ddp / p, None) for kind, p, ddp in both]
+    note(benchmark, *figures)
     row(
         f"{way:15}  held {held:4.2f} P, predicted {wanted['held']:4.2f}    at most {peak:4.2f} P, "
         f"predicted {wanted['peak']:4.2f}    (P = {size / 2**20:,.0f} MiB, {RANKS} ranks)"

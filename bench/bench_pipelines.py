@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.brief import long, params, taken
+from bench.side_by_side import Beside, Turns, interquartile, note
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
 from engine.precision import choose_precision
@@ -37,6 +39,7 @@ EPOCHS, MADE = {"ffcv": 20, "resident": 20, "synthetic": 20}, 2000
 SIZE, CELEBA = (178, 218), 202_599
 PASSES = 8  # of pure decoding, long enough for a machine that is not quiet
 FED = ("resident", "ffcv", "torchvision", "dali")
+BRIEF = ("tutorial", "torchvision", "resident")
 TURNS, ROUNDS, ITERATIONS = 3, 8, 3
 
 
@@ -62,11 +65,11 @@ def faces(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fed(faces, tmp_path_factory) -> dict[str, list[dict]]:
+def fed(faces, tmp_path_factory, whole) -> dict[str, list[dict]]:
     """What each feeder cost, some times, in turns."""
-    found = {name: [] for name in FEEDERS}
+    found = {name: [] for name in taken(FEEDERS, BRIEF, whole)}
     for _ in range(TURNS):
-        for name in FEEDERS:
+        for name in found:
             cache = tmp_path_factory.mktemp(name)
             command = [sys.executable, "-m", "bench.feed_one", name]
             command += [str(faces), str(cache), str(EPOCHS.get(name, 3)), "1"]
@@ -84,20 +87,25 @@ def rate(costs: list[dict], unit: str) -> tuple[float, float]:
     return first, later
 
 
-@pytest.mark.parametrize("name", FEEDERS)
+@pytest.mark.parametrize("name", params(FEEDERS, BRIEF))
 def bench_feeding(benchmark, fed, row, name):
     first, later = rate(fed[name], "cpu_seconds")
     cost = fed[name][-1]
+    spent = {n: [c["later"] for c in costs] for n, costs in fed.items()}
+    turns = Turns(
+        "tutorial", {n: [c["cpu_seconds"] / c["images"] for c in each] for n, each in spent.items()}
+    )
     facts = {
         "first_epoch_images_per_cpu_s": first,
         "images_per_cpu_s": later,
-        "ratio_to_tutorial": later / rate(fed["tutorial"], "cpu_seconds")[1],
+        "ratio_to_tutorial": turns.ratio(name),
         "images_per_s": rate(fed[name], "seconds")[1],
         "memory_mib": cost["later"]["memory"] / 2**20,
         "memory_growth_mib": (cost["later"]["memory"] - cost["first"]["memory"]) / 2**20,
         "disk_mib": cost["disk"] / 2**20,
     }
     benchmark.extra_info |= facts
+    note(benchmark, turns.beside(name, later, "images/CPU-s"))
     row(
         f"{name:12} {first:9,.0f} then {later:9,.0f} images/CPU-s {facts['ratio_to_tutorial']:6.1f}"
         f" x tutorial {facts['memory_mib']:6,.0f} MiB {facts['disk_mib']:6,.1f} MiB on disk"
@@ -112,6 +120,7 @@ def decode_all(data: Data, rows: list[int]) -> None:
         dataset.decode(number)
 
 
+@long
 def bench_preparation(benchmark, faces, row, tmp_path):
     """Packing as many images as CelebA has, as a share of what all cores decode if they do nothing
     else; the start of the processes and the reading back at the end are in it."""
@@ -137,6 +146,8 @@ def bench_preparation(benchmark, faces, row, tmp_path):
     packing = next(x for x in done.stdout.splitlines() if x.startswith("packed "))
     packed = float(packing.rsplit("(", 1)[1].split()[0].replace(",", ""))
     share = packed / statistics.mean(pure)
+    spread = interquartile([packed / speed for speed in pure])
+    note(benchmark, Beside("pure decoding", "prepare", "images/s", packed, share, spread))
     benchmark.extra_info |= {"images_per_s": packed, "share_of_pure_decoding": share}
     row(f"preparation  {packed:9,.0f} images/s on {cores} cores, {share:.2f} of pure decoding")
     benchmark.pedantic(lambda: None, rounds=1)
@@ -151,7 +162,7 @@ def train(live, pipeline, iterations: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(faces, device, tmp_path_factory):
+def trained(faces, device, tmp_path_factory, whole):
     """Seconds of an iteration of dcgan_celeba under each pipeline, in rounds that take turns."""
     given = recipe.load("dcgan_celeba")
     cache = tmp_path_factory.mktemp("trained")
@@ -162,7 +173,7 @@ def trained(faces, device, tmp_path_factory):
     live = session.start(given, ranks, choose_precision("auto", device), compiler, 10**6)
     dataset = find(data)
     feeds = {}
-    for name in ("synthetic", *FED):
+    for name in ("synthetic", *taken(FED, BRIEF, whole)):
         one = replace(data, pipeline=name)
         feeds[name] = open_pipeline(dataset, one, live.clock, 0, live.key, lambda _: None)
     seconds = {name: [] for name in feeds}
@@ -181,11 +192,11 @@ def trained(faces, device, tmp_path_factory):
     return seconds
 
 
-@pytest.mark.parametrize("name", FED)
+@pytest.mark.parametrize("name", params(FED, BRIEF))
 def bench_training(benchmark, trained, row, name):
-    turns = zip(trained["synthetic"], trained[name], strict=True)
-    share = statistics.median(free / fed for free, fed in turns)
-    speed = 64 / statistics.median(trained[name])
+    turns = Turns("synthetic", trained)
+    share, speed = turns.ratio(name), 64 / turns.median(name)
     benchmark.extra_info |= {"images_per_s": speed, "share_of_synthetic": share}
+    note(benchmark, turns.beside(name, speed, "images/s"))
     row(f"dcgan_celeba fed by {name:12} {speed:8.1f} images/s, {share:.3f} of synthetic data")
     benchmark.pedantic(lambda: None, rounds=1)

@@ -15,25 +15,25 @@ widths, until a period takes at most 64 GFLOPs (half widths taking a quarter).
 import gc
 import math
 import statistics
-import time
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.brief import params
 from bench.iterating import iterating, on_own_stream
 from bench.plain import PlainGAN, normalised
 from bench.plain_text import PlainText, Reader
 from bench.plain_translation import PlainCycle, PlainEnlarging, PlainPaired
 from bench.plain_vae import PlainVAE
+from bench.side_by_side import Turns, note, timed
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
 from engine.describe import cost
 from engine.networks.point import FromPoint, ToPoint
 from engine.precision import choose_precision
 from engine.settings import Optimizer, PlayerSettings, Recipe, RMSprop
-from engine.stats import synchronize
 from engine.steps.adversarial import Adversarial
 from engine.steps.autoencoder import Variational
 from engine.steps.cycle import Cycle
@@ -50,6 +50,8 @@ CLASSES = 150  # of birds to train on: few images of a batch share theirs
 WIDTHS = ("width", "widths", "base", "channels", "hidden")
 FAMILIES = (Adversarial, Progressive, Cycle, Paired, SuperResolution, TextToImage, Variational)
 ALL = {name: recipe.load(name) for name in recipe.names()}
+BRIEF = ("dcgan_mnist", "wgan_gp_cifar10", "cyclegan_horse2zebra", "pix2pix_facades", "srgan_x4")
+"""One of each family but those that compile for minutes; --all takes every recipe."""
 NAMES = [name for name, r in ALL.items() if isinstance(r.step, FAMILIES)]
 
 
@@ -249,21 +251,13 @@ def ours(given: Recipe, device: torch.device, compiled: bool, captured: bool = F
     return period
 
 
-def timed(run, device: torch.device) -> float:
-    synchronize(device)
-    began = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - began
-
-
 @pytest.fixture(scope="module")
 def ratios():
     """Of each recipe that was measured, by variant."""
     return {}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", params(NAMES, BRIEF))
 def bench_recipe(benchmark, ratios, device, row, name):
     given, divided = sized(ALL[name], device)
     made = {"plain": plain(given, device), "eager": ours(given, device, False)}
@@ -278,10 +272,13 @@ def bench_recipe(benchmark, ratios, device, row, name):
             seconds[variant].append(timed(run, device))
 
     benchmark.pedantic(turn, rounds=ROUNDS, warmup_rounds=WARM_UP)
-    medians = {variant: statistics.median(s[WARM_UP:]) for variant, s in seconds.items()}
-    ratios[name] = {v: medians["plain"] / s for v, s in medians.items() if v != "plain"}
+    turns = Turns("plain", {variant: s[WARM_UP:] for variant, s in seconds.items()})
+    ratios[name] = {v: turns.ratio(v) for v in made if v != "plain"}
     images = given.data.batch * given.step.period()
-    speeds = {f"{variant}_images_per_s": images / s for variant, s in medians.items()}
+    speeds = {f"{variant}_images_per_s": images / turns.median(variant) for variant in made}
+    note(
+        benchmark, *(turns.beside(v, speeds[f"{v}_images_per_s"], "images/s") for v in ratios[name])
+    )
     facts = {"batch": given.data.batch, "widths_divided_by": divided, **speeds}
     benchmark.extra_info |= facts | {f"{v}_ratio": r for v, r in ratios[name].items()}
     said = "".join(

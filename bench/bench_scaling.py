@@ -27,6 +27,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.brief import params, taken
+from bench.side_by_side import Turns, note
 from engine import recipe
 from engine.sharing import choose_sync_bn
 from launch.links import H100, local
@@ -35,7 +37,8 @@ from launch.volume import trace
 
 ROOT = Path(__file__).parents[1]
 BATCHES = {"dcgan_celeba": 16, "vae_mnist": 100}  # images on each rank
-TURNS, ROUNDS = 5, 4
+BRIEF = ["dcgan_celeba"]
+TURNS, ROUNDS = 3, 4
 BUCKET = 25 * 2**20
 
 
@@ -63,10 +66,10 @@ def measure(name: str, ranks: int, cache: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> dict[str, dict[int, list[dict]]]:
+def measured(tmp_path_factory, whole) -> dict[str, dict[int, list[dict]]]:
     """Every recipe's measurements by the number of processes, in turns."""
     cache = tmp_path_factory.mktemp("cache")
-    found = {name: {n: [] for n in worlds()} for name in BATCHES}
+    found = {name: {n: [] for n in worlds()} for name in taken(BATCHES, BRIEF, whole)}
     for _ in range(TURNS):
         for name, by_ranks in found.items():
             for ranks, turns in by_ranks.items():
@@ -116,7 +119,7 @@ def predicted(name: str, ranks: int, alone_s: float, turns: list[dict]) -> tuple
 
 
 @pytest.mark.parametrize("ranks", worlds())
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", params(BATCHES, BRIEF))
 def bench_scaling(benchmark, measured, row, name, ranks):
     alone = median([split(t) for t in measured[name][1]])
     turns = measured[name][ranks]
@@ -134,5 +137,9 @@ def bench_scaling(benchmark, measured, row, name, ranks):
         facts |= given | {"predicted_s": seconds, "predicted_to_measured": ratio}
         line += f"  weak efficiency {facts['weak_efficiency']:.2f}  predicted {ratio:.2f} x"
     benchmark.extra_info |= facts
+    totals = {n: [split(t)["total"] for t in each] for n, each in measured[name].items()}
+    beside = Turns("1 process", {f"{n} process{'es' * (n > 1)}": s for n, s in totals.items()})
+    variant = f"{ranks} process{'es' * (ranks > 1)}"
+    note(benchmark, beside.beside(variant, facts["images_per_s"], "images/s"))
     row(line)
     benchmark.pedantic(lambda: None, rounds=1)  # the figures are those above

@@ -8,15 +8,16 @@ images/s and the ratio to the tutorial in the same run. Compilation is excluded 
 """
 
 import gc
-import statistics
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.iterating import iterating, on_own_stream
+from bench.side_by_side import Beside, interquartile, note, take_turns, timed
 from bench.tutorial_dcgan import TutorialDCGAN
 from engine import recipe, session, world
 from engine.compile import Compiler, missing_toolchain
@@ -63,41 +64,25 @@ def ours(device, compiled, captured=False):
 
 @pytest.fixture(scope="module")
 def iterations(device):
-    """The variants, warmed up, and the seconds of each in rounds that take turns."""
+    """The variants, and the seconds of each in rounds that take turns."""
     made = {"tutorial": tutorial(device), "eager": ours(device, False)}
     if device.type == "cuda" or not missing_toolchain():
         made["compiled"] = ours(device, True)
     if device.type == "cuda":
         made["captured"] = ours(device, True, captured=True)
-    for run in made.values():
-        for _ in range(WARM_UP):
-            run()
-    seconds = {name: [] for name in made}
-    for _ in range(ROUNDS):
-        for name, run in made.items():
-            seconds[name].append(timed(run, device))
-    return made, seconds
-
-
-def timed(run, device):
-    synchronize(device)
-    began = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - began
+    return made, take_turns("tutorial", made, ROUNDS, partial(timed, device=device), WARM_UP)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def bench_iteration(benchmark, iterations, device, row, variant):
-    made, seconds = iterations
+    made, turns = iterations
     if variant not in made:
         pytest.skip(missing_toolchain() or "a CUDA graph needs a GPU")
-    median = statistics.median(seconds[variant])
-    ratio = statistics.median(seconds["tutorial"]) / median
-    benchmark.extra_info |= {"images_per_s": BATCH / median, "ratio_to_tutorial": ratio}
-    row(f"dcgan-64 {variant:9} {BATCH / median:8.1f} images/s   {ratio:.2f} x tutorial")
-    run = made[variant]
-    benchmark.pedantic(lambda: timed(run, device), rounds=5, warmup_rounds=1)
+    speed, ratio = BATCH / turns.median(variant), turns.ratio(variant)
+    benchmark.extra_info |= {"images_per_s": speed, "ratio_to_tutorial": ratio}
+    note(benchmark, turns.beside(variant, speed, "images/s"))
+    row(f"dcgan-64 {variant:9} {speed:8.1f} images/s   {ratio:.2f} x tutorial")
+    benchmark.pedantic(lambda: None, rounds=1)  # the figures are those above
 
 
 def peak_bytes(run, device):
@@ -126,8 +111,9 @@ def bench_peak_memory(benchmark, iterations, device, row, variant):
     peaks = {name: peak_bytes(made[name], device) for name in ("tutorial", variant)}
     ratio = peaks[variant] / peaks["tutorial"]
     benchmark.extra_info |= {"peak_mib": peaks[variant] / 2**20, "ratio_to_tutorial": ratio}
+    note(benchmark, Beside("tutorial", variant, "MiB", peaks[variant] / 2**20, 1 / ratio, None))
     row(f"dcgan-64 {variant:9} {peaks[variant] / 2**20:8.1f} MiB peak   {ratio:.2f} x tutorial")
-    benchmark.pedantic(lambda: timed(made[variant], device), rounds=1)
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def bench_loop_overhead(benchmark, device, row, tmp_path):
@@ -152,4 +138,7 @@ def bench_loop_overhead(benchmark, device, row, tmp_path):
         benchmark.pedantic(lambda: loop(t), rounds=1)
     share = 1 - sum(inside[1:]) / (ends[-1] - ends[0])
     benchmark.extra_info["share_outside_the_step"] = share
+    wholes = zip(inside[1:], ends[1:], ends[:-1], strict=True)
+    spread = interquartile([step / (end - start) for step, end, start in wholes])
+    note(benchmark, Beside("the step alone", "loop", "of the time", 1 - share, 1 - share, spread))
     row(f"dcgan-64 loop overhead outside the step: {share:.1%}")
