@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
   && echo $$p && break; done)
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-slurm lint bench soak
+.PHONY: train test test-slurm lint bench bench-accept bench-compare soak
 train: $(VENV)/.installed
 	$(RUN) -m engine.train $(RECIPE) $(ARGS)
 
@@ -23,6 +23,12 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(RUN) -m pytest bench/ --benchmark-only $(ARGS)
+
+bench-accept: $(VENV)/.installed-test
+	$(RUN) -m bench.accept $(ARGS)
+
+bench-compare: $(VENV)/.installed-test
+	$(RUN) -m bench.compare $(ARGS)
 
 soak: $(VENV)/.installed-test
 	$(RUN) -m bench.soak $(ARGS)

@@ -4,11 +4,11 @@
 
 BatchNorm + LeakyReLU forward, and forward with backward; the discriminator's loss; the VAE's sample
 and KL; a batch of images out of packed bytes. Rows: eager, eager in place, both compiled and, on a
-GPU, Triton's. Each tells its median and spread, the bandwidth it achieves as a share of a copy
-measured in the same session, peak and saved memory, and its error against float64. On a GPU tensors
-of 537 MB are timed with a cold L2 cache and DCGAN's sizes as replays of a CUDA graph; a CPU runs
-two of DCGAN's sizes in plain PyTorch (where an activation in place that ends the graph, as here,
-compiles badly: not so between convolutions).
+GPU, Triton's, each in turns with eager. Each tells its median and spread, the bandwidth it achieves
+as a share of a copy measured in the same session, peak and saved memory, and its error against
+float64. On a GPU tensors of 537 MB are timed with a cold L2 cache and DCGAN's sizes as replays of a
+CUDA graph; a CPU runs two of DCGAN's sizes in plain PyTorch (where an activation in place that ends
+the graph, as here, compiles badly: not so between convolutions).
 """
 
 import statistics
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.brief import params
+from bench.side_by_side import Turns, note, take_turns
 from engine.compile import missing_toolchain
 from engine.precision import DTYPES, choose_precision
 from engine.stats import synchronize
@@ -32,7 +34,7 @@ CUDA = torch.cuda.is_available()
 LARGE = (512, 128, 64, 64)
 DCGAN = [(128, 64, 32, 32), (128, 128, 16, 16), (128, 256, 8, 8), (128, 512, 4, 4)]
 SIZES = [LARGE, *DCGAN] if CUDA else [(32, *shape[1:]) for shape in (DCGAN[0], DCGAN[-1])]
-ROUNDS = 20
+ROUNDS = 5 if CUDA else 20  # on a GPU each is a median of many calls
 GPU_ONLY = pytest.mark.skipif(not CUDA, reason="needs a GPU: Triton's rows are skipped")
 
 
@@ -69,33 +71,42 @@ FLOOR = {"forward": 3, "both": 8}
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, and the 20th and 80th percentiles."""
+    """Seconds of one call: median of the rounds, and their 20th and 80th percentiles."""
 
     median: float
     low: float
     high: float
 
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        ordered = sorted(seconds)
+        fifth = len(ordered) // 5
+        return cls(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth])
+
     def __str__(self) -> str:
         return f"{self.median * 1e6:9.1f} us ({self.low * 1e6:.1f} to {self.high * 1e6:.1f})"
 
 
-def timed(function: Callable, large: bool) -> Timing:
-    """On a GPU with a cold L2 cache, or as replays of a graph where launches would decide."""
-    if not CUDA:
-        function()
-        seconds = sorted(_clock(function) for _ in range(ROUNDS))
-        return Timing(statistics.median(seconds), seconds[ROUNDS // 5], seconds[-ROUNDS // 5])
-    from triton import testing
+def clock(large: bool) -> Callable[[Callable], float]:
+    """What times a call: on a GPU with a cold L2 cache, or as replays of a graph where launches
+    would decide."""
 
-    run = testing.do_bench if large else testing.do_bench_cudagraph
-    median, low, high = run(function, rep=200, quantiles=[0.5, 0.2, 0.8])
-    return Timing(median / 1e3, low / 1e3, high / 1e3)
+    def seconds(function: Callable) -> float:
+        if not CUDA:
+            began = time.perf_counter()
+            function()
+            return time.perf_counter() - began
+        from triton import testing
+
+        run = testing.do_bench if large else testing.do_bench_cudagraph
+        return run(function, rep=40, return_mode="median") / 1e3
+
+    return seconds
 
 
-def _clock(function: Callable) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def beside_eager(variant: str, eager: Callable, run: Callable, large: bool) -> Turns:
+    """A variant and the eager form in turns."""
+    return take_turns("eager", {"eager": eager, variant: run}, ROUNDS, clock(large))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +116,10 @@ def copy_rate() -> dict[tuple, float]:
     for shape in SIZES:
         x = torch.randn(shape, device=device(), dtype=dtype())
         y = torch.empty_like(x)
-        rates[shape] = 2 * x.nbytes / timed(lambda x=x, y=y: y.copy_(x), shape == LARGE).median
+        turns = take_turns(
+            "copy", {"copy": lambda x=x, y=y: y.copy_(x)}, ROUNDS, clock(shape == LARGE)
+        )
+        rates[shape] = 2 * x.nbytes / turns.median("copy")
     return rates
 
 
@@ -147,8 +161,10 @@ def error(function: Callable, given: list[Tensor]) -> float:
 MEASURED: dict[tuple, Timing] = {}
 
 
-@pytest.mark.parametrize("direction", FLOOR)
-@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("direction", params(FLOOR, FLOOR if CUDA else ["both"]))
+@pytest.mark.parametrize(
+    "last", params([False, True], [False, True] if CUDA else [True]), ids=["NCHW", "NHWC"]
+)
 @pytest.mark.parametrize("shape", SIZES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=GPU_ONLY if v == "fused" else ()) for v in VARIANTS]
@@ -157,7 +173,7 @@ def bench_batchnorm_leaky_relu(benchmark, row, copy_rate, variant, shape, last, 
     function, given = VARIANTS[variant](), arguments(shape, dtype(), last)
     dy = torch.randn_like(given[0])
 
-    def run():
+    def run(function=function):
         y = function(*given)
         if direction == "both":
             torch.autograd.grad(y, given, dy)
@@ -166,19 +182,23 @@ def bench_batchnorm_leaky_relu(benchmark, row, copy_rate, variant, shape, last, 
     run()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    timing = timed(run, shape == LARGE)
+        run()
+    peak = torch.cuda.max_memory_allocated() if CUDA else None
+    turns = beside_eager(variant, lambda: run(eager), run, shape == LARGE)
+    timing = Timing.of(turns.costs[variant])
     case = (shape, last, direction)
     MEASURED[(variant, *case)] = timing
     moved = FLOOR[direction] * given[0].nbytes
     facts = {
         "share_of_copy": moved / timing.median / copy_rate[shape],
-        "peak_bytes": torch.cuda.max_memory_allocated() if CUDA else None,
+        "peak_bytes": peak,
         "saved_bytes": saved_bytes(function, given),
         "error": error(function, given) if shape != LARGE else None,
         "median_s": timing.median,
         "dtype": str(dtype()),
     }
     benchmark.extra_info.update(facts)
+    note(benchmark, turns.beside(variant, 1e6 * timing.median, "us"))
     benchmark.pedantic(_synchronised(run), rounds=3)
     rivals = [
         MEASURED[v, *case] for v in ("compiled", "compiled in place") if (v, *case) in MEASURED
@@ -187,6 +207,7 @@ def bench_batchnorm_leaky_relu(benchmark, row, copy_rate, variant, shape, last, 
     ratio = f"  {best / timing.median:5.2f}x the better compiled" if variant == "fused" else ""
     layout = "NHWC" if last else "NCHW"
     name = f"{variant:17} {'x'.join(map(str, shape)):14} {layout} {direction:7}"
+    ratio = f"  {turns.ratio(variant):5.2f}x eager{ratio}"
     row(f"{name} {timing}  {facts['share_of_copy']:5.1%} of copy{ratio}")
 
 
@@ -221,20 +242,19 @@ def bench_losses(benchmark, row, loss, variant):
     function = {"eager": plain, "fused": ours}.get(variant) or compiled(plain)
     given = [torch.randn(s, device=device()).requires_grad_() for s in shapes]
 
-    def run():
+    def run(function=function):
         with dispatch.using("fused"):
             outs = function(*given)
         outs = outs if isinstance(outs, tuple) else (outs,)
         torch.autograd.grad(sum(o.sum() for o in outs), given[:2])
 
     run()
-    timing = timed(run, False)
-    MEASURED[variant, loss] = timing
+    turns = beside_eager(variant, lambda: run(plain), run, False)
+    timing = Timing.of(turns.costs[variant])
     benchmark.extra_info["median_s"] = timing.median
+    note(benchmark, turns.beside(variant, 1e6 * timing.median, "us"))
     benchmark.pedantic(_synchronised(run), rounds=3)
-    base = MEASURED.get(("eager", loss))
-    ratio = f"  {base.median / timing.median:5.2f}x eager" if base else ""
-    row(f"{variant:17} {loss:24} both  {timing}{ratio}")
+    row(f"{variant:17} {loss:24} both  {timing}  {turns.ratio(variant):5.2f}x eager")
 
 
 def plain_batch(images_NHWC, rows_M, size, flip_M):
@@ -260,13 +280,13 @@ def bench_image_batch(benchmark, row, packed, batch, variant):
     rows = torch.randint(len(packed), (batch,), device=device())
     flip = torch.arange(batch, device=device()) % 2 == 0
 
-    def run():
+    def run(function=function):
         with dispatch.using("fused"):
             return function(packed, rows, packed.shape[1], flip)
 
     assert torch.equal(run(), plain_batch(packed, rows, packed.shape[1], flip))
-    timing = timed(run, batch == 2048)
-    MEASURED[variant, batch] = timing
+    turns = beside_eager(variant, lambda: run(plain_batch), run, batch == 2048)
+    timing = Timing.of(turns.costs[variant])
     moved = 5 * batch * packed[0].numel()
     facts = {
         "median_s": timing.median,
@@ -274,8 +294,8 @@ def bench_image_batch(benchmark, row, packed, batch, variant):
         "images_per_s": batch / timing.median,
     }
     benchmark.extra_info.update(facts)
+    note(benchmark, turns.beside(variant, facts["images_per_s"], "images/s"))
     benchmark.pedantic(_synchronised(run), rounds=3)
-    base = MEASURED.get(("eager", batch))
-    ratio = f"  {base.median / timing.median:5.2f}x eager" if base else ""
+    ratio = f"  {turns.ratio(variant):5.2f}x eager"
     rates = f"{facts['bytes_per_s'] / 1e9:7.1f} GB/s  {facts['images_per_s'] / 1e6:7.3f} M images/s"
     row(f"{variant:17} {f'image_batch {batch} x 64x64x3':31} {timing}  {rates}{ratio}")
