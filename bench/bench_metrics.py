@@ -108,7 +108,7 @@ def bench_evaluation_of_10k_images(benchmark, row, device):
         "torchmetrics": lambda: plain_evaluation(plain, recipe.step.latent_dim(), distances),
         "ours": lambda: evaluator.evaluate(networks, True),
     }
-    turns = take_turns("torchmetrics", variants, 3, partial(timed, device=device))
+    turns = take_turns("torchmetrics", variants, 2, partial(timed, device=device))
     protocol = evaluator.protocol(True)
     assert protocol.generated == GENERATED
     benchmark.extra_info.update(dataset=recipe.data.name, protocol=protocol.values())
