@@ -2,7 +2,8 @@
 
 Compares each row's ratio to its baseline with the last accepted one on the same kind of device; of
 the file, or else of the default benches, measured now. Beyond noise, a loss is named and the exit
-code is 1. Noise is the spread of both ratios, at least a tenth of the accepted one. What cannot be
+code is 1. Noise is the spread of both ratios, at least a tenth (the row's `floor`) of the accepted
+one. What cannot be
 compared is named, too.
 """
 
@@ -21,7 +22,6 @@ from bench.accepted import FOLDER, Results, accepted, last, read
 from bench.side_by_side import Beside
 from engine.verb import exit_code
 
-FLOOR = 0.1
 ROOT = Path(__file__).parents[1]
 
 
@@ -42,7 +42,7 @@ class Comparison:
 
 def noise(then: Beside, now: Beside) -> float:
     """How far two ratios may differ by chance."""
-    return max(FLOOR * then.ratio, math.hypot(then.spread or 0, now.spread or 0))
+    return max(now.floor * then.ratio, math.hypot(then.spread or 0, now.spread or 0))
 
 
 def compare(new: Results, past: Sequence[Results]) -> Comparison:

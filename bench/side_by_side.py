@@ -27,6 +27,8 @@ class Beside:
     """How many times better than the baseline."""
     spread: float | None
     """Of the ratio; None where it was measured once."""
+    floor: float = 0.1
+    """A smaller part of the ratio than this is taken for noise, whatever the spread."""
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def test_variants_take_turns_and_warm_up_is_left_out():
     row = SimpleNamespace(extra_info={})
     note(row, turns.beside("fast", 7.0, "images/s"))
     told = {"baseline": "plain", "variant": "fast", "unit": "images/s", "value": 7.0}
-    assert row.extra_info["compared"] == [told | {"ratio": 2.0, "spread": 1.5}]
+    assert row.extra_info["compared"] == [told | {"ratio": 2.0, "spread": 1.5, "floor": 0.1}]
 
 
 def test_a_single_round_has_no_spread():
