@@ -173,7 +173,7 @@ def trained(faces, device, tmp_path_factory, whole):
     live = session.start(given, ranks, choose_precision("auto", device), compiler, 10**6)
     dataset = find(data)
     feeds = {}
-    for name in ("synthetic", *taken(FED, BRIEF, whole)):
+    for name in ("synthetic", *taken(FED, ["resident"], whole)):
         one = replace(data, pipeline=name)
         feeds[name] = open_pipeline(dataset, one, live.clock, 0, live.key, lambda _: None)
     seconds = {name: [] for name in feeds}
@@ -192,7 +192,7 @@ def trained(faces, device, tmp_path_factory, whole):
     return seconds
 
 
-@pytest.mark.parametrize("name", params(FED, BRIEF))
+@pytest.mark.parametrize("name", params(FED, ["resident"]))
 def bench_training(benchmark, trained, row, name):
     turns = Turns("synthetic", trained)
     share, speed = turns.ratio(name), 64 / turns.median(name)

@@ -4,8 +4,8 @@
 
 DCGAN-64 on computed images, each start a process of its own, by the clock outside: until it says
 that its first step is done. The baseline imports torch and takes one iteration of the PyTorch
-tutorial; `cold` compiles with an empty cache, `warm` with the one that the cold start before it
-left; what Python and the file system keep of torch itself is warm for all.
+tutorial; `cold` compiles with an empty cache (once, without --all), `warm` with the one that the
+first cold start left; what Python and the file system keep of torch itself is warm for all.
 """
 
 import os
@@ -57,24 +57,30 @@ def start(variant: str, cache: Path, runs: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def starts(device, tmp_path_factory) -> Turns:
-    """Seconds of each way to start, in turns; every turn has a cache of its own."""
+def starts(device, whole, tmp_path_factory) -> dict[str, list[float]]:
+    """Seconds of each way to start, in turns."""
     compiles = device.type == "cuda" or not missing_toolchain()
     seconds = {name: [] for name in (VARIANTS if compiles else VARIANTS[:2])}
     start("plain", Path(), Path())  # reads torch's files
-    for _ in range(TURNS):
-        folder = tmp_path_factory.mktemp("start")
+    kept = tmp_path_factory.mktemp("kept")
+    for turn in range(TURNS):
+        runs = tmp_path_factory.mktemp("runs")
         for name, found in seconds.items():
-            found.append(start(name, folder / "cache", folder / "runs" / name))
-    return Turns("plain", seconds)
+            if turn and name == "cold" and not whole:
+                continue
+            empty = turn and name == "cold"
+            found.append(start(name, runs / "empty" if empty else kept, runs / name))
+    return seconds
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def bench_first_step(benchmark, starts, row, variant):
-    if variant not in starts.costs:
+    if variant not in starts:
         pytest.skip(missing_toolchain())
-    seconds = starts.median(variant)
+    costs = starts[variant]
+    turns = Turns("plain", {"plain": starts["plain"][: len(costs)], variant: costs})
+    seconds = turns.median(variant)
     benchmark.extra_info["batch"] = BATCH
-    note(benchmark, starts.beside(variant, seconds, "s"))
-    row(f"first step {variant:6} {seconds:6.1f} s  {starts.ratio(variant):.2f}x plain")
+    note(benchmark, turns.beside(variant, seconds, "s"))
+    row(f"first step {variant:6} {seconds:6.1f} s  {turns.ratio(variant):.2f}x plain")
     benchmark.pedantic(lambda: None, rounds=1)  # the figures are those above

@@ -3,8 +3,7 @@
 Compares each row's ratio to its baseline with the last accepted one on the same kind of device; of
 the file, or else of the default benches, measured now. Beyond noise, a loss is named and the exit
 code is 1. Noise is the spread of both ratios, at least a tenth (the row's `floor`) of the accepted
-one. What cannot be
-compared is named, too.
+one. What cannot be compared is named, too.
 """
 
 import math
