@@ -29,6 +29,7 @@ import pytest
 import torch
 
 from bench.peers import BATCHES, LOOPS, SIDES
+from bench.side_by_side import Turns, note
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = {"narrow": (50, 20), "usual": (10, 10)}
@@ -140,6 +141,8 @@ def bench_loop(benchmark, measured, row, size, name):
     known = {"batch": BATCHES[size], "resolution": SIDES[size], "loop": versions(name)}
     threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
     benchmark.extra_info |= known | f | {"threads": int(threads)}
+    costs = {loop: [b["seconds"] for b in measured(size)[loop]] for loop in {"bare", name}}
+    note(benchmark, Turns("bare", costs).beside(name, f["milliseconds"], "ms"))
     said = [
         f"{what:3} {f[f'{prefix}milliseconds']:7.2f} ms ±{f[f'{prefix}spread']:4.0%} "
         f"{f[f'{prefix}ratio_to_bare']:5.2f}x overhead {f[f'{prefix}overhead_ms']:6.2f} ms "

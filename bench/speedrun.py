@@ -84,7 +84,7 @@ class Command:
     out: Path | None = None
     """Folder of this speedrun; default: runs/speedrun/RECIPE."""
     accept: bool = False
-    """Write the results into bench/results/ too."""
+    """Write the results into bench/results/speedrun/ too."""
     flags: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
 
     def folder(self) -> Path:
@@ -232,6 +232,7 @@ def publish(command: Command, recipe: Recipe, races: list[Race]) -> None:
     content = json.dumps(facts | report.results(races), indent=1).encode()
     places = [folder / "results.json", *([accepted(command, recipe)] * command.accept)]
     for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
         write_whole(place, content)
     nets = "its own networks" if command.own_networks else "the recipe's networks"
     title = f"{command.recipe}: the tutorial's loop ({nets}) and ours\n{facts['device']}, "
@@ -248,7 +249,8 @@ def accepted(command: Command, recipe: Recipe) -> Path:
     """Where accepted results lie: by recipe and device."""
     name = device_name(choose_device(recipe.device)).split(",")[0].lower()
     words = re.findall(r"[a-z0-9]+", name.replace("(r)", "").replace("(tm)", ""))
-    return ROOT / "bench" / "results" / f"speedrun_{command.recipe}_{'-'.join(words)}.json"
+    folder = ROOT / "bench" / "results" / "speedrun"
+    return folder / f"{command.recipe}_{'-'.join(words)}.json"
 
 
 def speedrun(command: Command) -> None:

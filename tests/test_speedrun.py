@@ -234,7 +234,7 @@ def test_a_run_that_fails_is_told_with_its_last_line(tmp_path):
 def test_accepted_results_are_named_after_recipe_and_device(monkeypatch):
     monkeypatch.setattr(speedrun, "device_name", lambda _: "CPU Intel(R) Xeon(R) 8, 2 threads")
     path = accepted(speedrun.Command(NAME), recipes.load(NAME))
-    assert path.parts[-3:] == ("bench", "results", f"speedrun_{NAME}_cpu-intel-xeon-8.json")
+    assert path.parts[-4:] == ("bench", "results", "speedrun", f"{NAME}_cpu-intel-xeon-8.json")
 
 
 def test_the_tutorials_clock_stands_still_while_stopped(monkeypatch):
