@@ -31,6 +31,8 @@ def other_value(flag: str, value: object) -> tuple[list[str], object]:
         "precision": "fp32",
         "compile": "off",
         "graph": "on",
+        "memory-format": "contiguous",
+        "probe": "off",
         "kernels": "fused",
         "on-nan": "rollback",
         "data.name": "synthetic",
