@@ -32,7 +32,7 @@ from bench.peers import BATCHES, LOOPS, SIDES
 from bench.side_by_side import Turns, note
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = {"narrow": (50, 20), "usual": (10, 10)}
+BLOCKS = {"narrow": (50, 12), "usual": (10, 10)}
 """Iterations of a block, and rounds."""
 PACKAGES = ("accelerate", "lightning")
 Blocks = dict[str, list[dict[str, float]]]
