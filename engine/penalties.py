@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from engine.networks.norms import statistics_kept
 from kernels.batchnorm_module import plain
 from kernels.dispatch import wide
+from kernels.second_order import frugal
 
 
 def input_gradient(critic: nn.Module, x_NCHW: Tensor, *given: Tensor) -> Tensor:
     """d sum(critic(x, *given)) / dx, (N, C, H, W), at least float32; no running statistics move.
     given: the classes (N,) for a critic that sees them."""
-    with statistics_kept(critic), plain(critic):
+    with statistics_kept(critic), plain(critic), frugal():
         return wide(torch.func.grad(lambda x: wide(critic(x, *given)).sum())(x_NCHW.detach()))
 
 

@@ -11,12 +11,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine import session
 from engine.compile import Compiler, repays
+from engine.convolutions import Call, Products, calls
+from engine.convolutions import products as by_layer
 from engine.describe import example_batch
 from engine.precision import Precision
 from engine.session import Session
@@ -27,10 +31,16 @@ from kernels import dispatch
 from pipelines.batch import Batch
 
 FILE = "probe.json"
+EAGER = Compiler(False, "probe")
 ROUNDS = 3
+MAP = "map "  # begins the name of each choice that is one map of a convolution
 PATIENCE_S = 60.0  # after which no further round is begun
 GAIN = 1.1  # what a way must be faster than the usual one: noise is not to decide
-WAYS = {"memory_format": ("channels_last", "contiguous"), "kernels": ("auto", "fused")}
+WAYS = {
+    "memory_format": ("channels_last", "contiguous"),
+    "convolutions": ("library", "matmul"),
+    "kernels": ("auto", "fused"),
+}
 """Of settings that may be left to auto, the usual one first."""
 
 
@@ -49,10 +59,10 @@ class Choice:
         return f"{self.chosen} (measured: {figures})"
 
 
-def choice(what: str, ms: dict[str, float]) -> Choice:
-    """The usual way, unless another is faster beyond noise."""
+def choice(what: str, ms: dict[str, float], gain: float = GAIN) -> Choice:
+    """The usual way, unless another is so many times faster."""
     usual, fastest = next(iter(ms)), min(ms, key=lambda way: ms[way])
-    return Choice(what, ms, fastest if ms[usual] > GAIN * ms[fastest] else usual)
+    return Choice(what, ms, fastest if ms[usual] > gain * ms[fastest] else usual)
 
 
 def in_turns(ways: dict[str, Callable[[], object]], ranks: Ranks) -> dict[str, float]:
@@ -99,15 +109,41 @@ def settings(
 def _setting(
     setting: str, recipe: Recipe, ranks: Ranks, precision: Precision, classes: int
 ) -> list[Choice]:
-    alone = _alone(recipe, ranks)
+    made = partial(_session, ranks=_lone(ranks), precision=precision, classes=classes)
+    alone, maps = _alone(recipe, ranks), []
+    if setting == "convolutions":
+        maps = _maps(made(alone)) if ranks.device.type == "cpu" else []
+        if not products(maps):
+            return maps
     lives = {
-        way: _session(replace(alone, **{setting: way}), ranks, precision, classes)
+        way: made(replace(alone, **{setting: way}), products=products(maps))
         for way in WAYS[setting]
     }
     if not _differ(setting, lives, ranks.device):
         return []
     ways = {way: _rehearsing(live, _noise(live)) for way, live in lives.items()}
-    return [choice(setting, in_turns(ways, _lone(ranks)))]
+    # each of the maps was seen to be faster by more than noise: together they need not be
+    gain = 1.0 if maps else GAIN
+    return [*maps, choice(setting, in_turns(ways, _lone(ranks)), gain)]
+
+
+def _maps(live: Session) -> list[Choice]:
+    """For each map of each convolution, whether it is faster as a matrix product; those that are
+    called alike are measured once."""
+    found: list[Choice] = []
+    figures: dict[Call, dict[str, dict[str, float]]] = {}
+    for (player, layer), call in calls(live, _noise(live)).items():
+        if call not in figures:
+            figures[call] = {m: in_turns(ways, live.ranks) for m, ways in call.ways().items()}
+        found += [choice(f"{MAP}{player} {layer} {m}", ms) for m, ms in figures[call].items()]
+    return found
+
+
+def products(choices: list[Choice]) -> Products | None:
+    """The maps that were found faster as matrix products; None where none was measured."""
+    maps = [c for c in choices if c.what.startswith(MAP)]
+    faster = [tuple(c.what.split()[1:]) for c in maps if c.chosen == "matmul"]
+    return by_layer(faster) if maps else None
 
 
 def applied(recipe: Recipe, found: list[Choice]) -> Recipe:
@@ -122,9 +158,8 @@ def _alone(recipe: Recipe, ranks: Ranks) -> Recipe:
     return replace(recipe, data=data, sync_bn="off")
 
 
-def _session(recipe: Recipe, ranks: Ranks, precision: Precision, classes: int) -> Session:
-    images, eager = recipe.data.batch, Compiler(False, "probe")
-    return session.start(recipe, _lone(ranks), precision, eager, images, classes)
+def _session(recipe: Recipe, ranks: Ranks, precision: Precision, **given: Any) -> Session:
+    return session.start(recipe, ranks, precision, EAGER, recipe.data.batch, **given)
 
 
 def _lone(ranks: Ranks) -> Ranks:
@@ -134,8 +169,8 @@ def _lone(ranks: Ranks) -> Ranks:
 
 def _differ(setting: str, lives: dict[str, Session], device: torch.device) -> bool:
     """Whether there is anything that the setting changes."""
-    if setting == "kernels":
-        return device.type == "cuda"
+    if setting != "memory_format":
+        return device.type == "cuda" or setting == "convolutions"
     players = lives[WAYS[setting][0]].players.values()
     weights = [p for player in players for p in player.network.parameters() if p.ndim == 4]
     return any(

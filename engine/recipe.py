@@ -23,6 +23,7 @@ MAY_CHANGE = (
     *(f"{part}." for part in ("length", "outputs", "metrics")),
     *(f"data.{name}" for name in ("root", "path", "cache", "workers", "download", "on_error")),
     *(
+        "convolutions",
         "device",
         "graph",
         "memory_format",

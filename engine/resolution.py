@@ -33,6 +33,7 @@ def facts(
         "compile": [compiler.active, compiler.reason],
         "graph": graph,
         "memory_format": [shared.memory_format, measured.get("memory_format", "not measured")],
+        "convolutions": [shared.convolutions, measured.get("convolutions", "not measured")],
         "kernels": [shared.kernels, measured.get("kernels", "not measured")],
         "pipeline": [pipeline.name, pipeline.choice],
         "ranks": [ranks.world_size, sharing.describe(shared, ranks.world_size)],
@@ -83,8 +84,9 @@ def introduction(
     if parts > 1:
         lines.append(f"micro-batches: {parts} ({why})")
     lines.append("precision: {} ({})".format(*resolved["precision"]))
-    if resolved["memory_format"][1] != "not measured":
-        lines.append(f"memory format: {resolved['memory_format'][1]}")
+    for what in ("memory_format", "convolutions"):
+        if resolved[what][1] != "not measured":
+            lines.append(f"{what.replace('_', ' ')}: {resolved[what][1]}")
     for what in ("compile", "graph"):
         active, reason = resolved[what]
         lines.append(f"{what}: {'on' if active else 'off'} ({reason})")

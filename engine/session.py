@@ -1,6 +1,6 @@
 """The live objects of a run, built from its recipe: networks, players, step, clock, noise key."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,8 @@ from engine.sharing import choose_sync_bn
 from engine.world import Ranks
 from kernels import dispatch, philox
 from kernels.batchnorm_module import fuse, synchronise
+from kernels.convolution import Forms
+from kernels.convolution_module import map_convolutions
 from pipelines.batch import Batch, Clock
 
 
@@ -96,8 +98,13 @@ def start(
     compiler: Compiler,
     total_images: int,
     classes: int = 0,
+    products: Mapping[str, Mapping[str, Forms]] | None = None,
 ) -> Session:
-    """Build everything of a run but its pipeline. Raises ValueError for sizes that do not fit."""
+    """Build everything of a run but its pipeline. Raises ValueError for sizes that do not fit.
+
+    products: by player and layer, the maps of convolutions that are matrix products if the recipe
+    has such; None: all.
+    """
     dispatch.use(recipe.kernels)
     clock = Clock(recipe.data.batch, ranks.device, rank=ranks.rank, world_size=ranks.world_size)
     key = philox.make_key(recipe.seed, device=ranks.device)
@@ -110,6 +117,8 @@ def start(
             network = fuse(network)
         if choose_sync_bn(recipe, ranks.world_size)[0]:
             network = synchronise(network)
+        if recipe.convolutions == "matmul":
+            network = map_convolutions(network, products and products.get(name, {}))
         players[name] = Player(
             name,
             settings[name],

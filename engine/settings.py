@@ -369,9 +369,12 @@ class Recipe:
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Order of images and convolutions' weights; auto is channels_last, or what the probe finds
     faster."""
+    convolutions: Literal["auto", "library", "matmul"] = "auto"
+    """How convolutions and their gradients are computed: by the library, or as products of
+    matrices; auto is the library, or on a CPU, for each of them, what the probe finds faster."""
     probe: Literal["auto", "off"] = "auto"
-    """Before a run that is long enough, measure what is left to auto (memory format, compiled or
-    eager, kernels on a GPU) and keep what was found for the whole run."""
+    """Before a run that is long enough, measure what is left to auto (memory format, convolutions,
+    compiled or eager, kernels on a GPU) and keep what was found for the whole run."""
     graph: Literal["off", "on"] = "off"
     """On a GPU, replay whole iterations as captured CUDA graphs, one for each set of updates. What
     is computed stays the same."""

@@ -162,7 +162,8 @@ def _prepare(
     captured = choose_graph(recipe, ranks.device, command.profile)
     if captured[0]:
         own_stream(ranks.device)
-    live = session.start(shared, ranks, precision, compiler, total, len(dataset.classes))
+    products, classes = probe.products(found), len(dataset.classes)
+    live = session.start(shared, ranks, precision, compiler, total, classes, products)
     facts = _facts(name, recipe, dataset)
     resumed = _resume(live, folder, facts, dataset, display)
     fed = before["resolved"]["pipeline"][0] if before else None

@@ -32,6 +32,7 @@ def other_value(flag: str, value: object) -> tuple[list[str], object]:
         "compile": "off",
         "graph": "on",
         "memory-format": "contiguous",
+        "convolutions": "matmul",
         "probe": "off",
         "kernels": "fused",
         "on-nan": "rollback",
