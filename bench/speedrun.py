@@ -4,13 +4,13 @@
     python -m bench.speedrun dcgan_mnist --kimg 20 --seeds 0 -- --compile off
 
 For each seed the tutorial's loop (bench/tutorial_dcgan.py, eager float32, torchvision's transforms
-in a DataLoader) trains the recipe's networks on the recipe's images and is measured every so often:
-its best Frechet distance is the target. Then `python -m engine.train RECIPE` runs until it reaches
+in a DataLoader) trains its own networks on the recipe's images and is measured every so often: its
+best Frechet distance is the target. Then `python -m engine.train RECIPE` runs until it reaches
 that. Both are measured by one extractor, against one set of real images.
 
 Clocks run from the process's start: imports, data and compiling are in them. What measuring takes,
 and opening what it needs, is in neither. Each run of ours begins with no packed data and nothing
-compiled (unless --warm). Flags after -- go to the recipe: the tutorial has of them data, networks
+compiled (unless --warm). Flags after -- go to the recipe: the tutorial has of them data
 and metrics, ours all.
 
 Everything is kept in --out: the same command skips finished runs and begins an interrupted one
@@ -74,9 +74,9 @@ class Command:
     """Measure both each time so many thousand images were seen."""
     target: float | None = None
     """The figure to reach, in place of the tutorial's own best."""
-    own_networks: bool = False
-    """The tutorial's loop trains the tutorial's networks (latent 100, width 64, BatchNorm in both)
-    in place of the recipe's."""
+    width: int | None = None
+    """Channels of the tutorial's networks (its own: latent 100, BatchNorm in both; it has 64);
+    default: those of the recipe's generator, where they are fast."""
     workers: int = 2
     """Processes of the tutorial's DataLoader; it has 2."""
     warm: bool = False
@@ -93,7 +93,7 @@ class Command:
 
     def settings(self) -> dict[str, Any]:
         """What two parts of one speedrun must have in common."""
-        names = ("recipe", "kimg", "every_kimg", "target", "own_networks", "workers", "warm")
+        names = ("recipe", "kimg", "every_kimg", "target", "width", "workers", "warm")
         return {name: getattr(self, name) for name in names} | {"flags": list(self.flags)}
 
 
@@ -114,6 +114,8 @@ def checked(command: Command) -> Recipe:
         raise ValueError("--seeds wants different numbers, none of them negative")
     if not (command.kimg > 0 and command.every_kimg > 0) or command.workers < 0:
         raise ValueError("--kimg and --every-kimg must be positive, --workers not negative")
+    if command.width is not None and command.width < 1:
+        raise ValueError(f"--width {command.width} must be at least 1")
     if command.accept and len(command.seeds) < 3:
         raise ValueError("--accept wants at least 3 seeds: give more, or leave it out")
     return examine(recipe)[0]
@@ -132,7 +134,8 @@ def tutorial(command: Command, seed: int, lock: int) -> Path:
         arguments = ["bench.speedrun_tutorial", command.recipe, str(folder.absolute())]
         for flag in ("kimg", "every_kimg", "workers"):
             arguments += [f"--{flag.replace('_', '-')}", str(getattr(command, flag))]
-        arguments += ["--seed", str(seed), *(["--own-networks"] * command.own_networks)]
+        arguments += ["--seed", str(seed)]
+        arguments += ["--width", str(command.width)] if command.width else []
         arguments += ["--", *command.flags]
         run_until(arguments, folder / "log.txt", lock, cache_home(), lambda: False)
         note_end(folder, "ended", {})
@@ -234,8 +237,7 @@ def publish(command: Command, recipe: Recipe, races: list[Race]) -> None:
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_whole(place, content)
-    nets = "its own networks" if command.own_networks else "the recipe's networks"
-    title = f"{command.recipe}: the tutorial's loop ({nets}) and ours\n{facts['device']}, "
+    title = f"{command.recipe}: the tutorial's loop and networks, and ours\n{facts['device']}, "
     title += f"torch {facts['torch']}, {', '.join(sorted(commits))}"
     try:
         report.plot(folder / "curves.png", title, facts["protocol"]["extractor"], races)

@@ -1,12 +1,12 @@
 """Trains the PyTorch DCGAN tutorial's loop on a recipe's images and measures its generator.
 
     python -m bench.speedrun_tutorial RECIPE FOLDER --seed 0 --kimg 300 --every-kimg 10
-        --workers 2 -- [FLAGS]
+        --workers 2 [--width 64] -- [FLAGS]
 
 A process of its own, as a user would start it. Its clock runs from the start on, imports of torch
 included, and stands still while the generator is measured and while what the tutorial does not have
-is imported and opened. FLAGS override the recipe: taken of it are data, metrics and networks (or
-the tutorial's own: --own-networks). Loop, arithmetic and data loading are the tutorial's.
+is imported and opened. FLAGS override the recipe: taken of it are data, metrics and the networks'
+width (--width: another). Loop, arithmetic, networks and data loading are the tutorial's.
 FOLDER/metrics.jsonl gets a line for each measurement, as a run's has.
 """
 
@@ -77,13 +77,15 @@ class Images:
         return Image.fromarray(self.dataset.decode(row).squeeze())  # computed ones
 
 
-def own_networks(recipe):
-    """The recipe with the tutorial's networks: latent 100, width 64, BatchNorm in both."""
+def with_its_networks(recipe, width: int | None):
+    """The recipe with the tutorial's networks: latent 100, BatchNorm in both, as wide as the
+    recipe's generator unless told (the tutorial's are 64)."""
     from engine.networks import dcgan
 
     step = recipe.step
-    generator = replace(step.generator, network=dcgan.Generator())
-    discriminator = replace(step.discriminator, network=dcgan.Discriminator())
+    wide = width or getattr(step.generator.network, "width", 64)
+    generator = replace(step.generator, network=dcgan.Generator(width=wide))
+    discriminator = replace(step.discriminator, network=dcgan.Discriminator(wide))
     return replace(recipe, step=replace(step, generator=generator, discriminator=discriminator))
 
 
@@ -134,7 +136,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     for flag, kind in (("seed", int), ("kimg", float), ("every-kimg", float), ("workers", int)):
         parser.add_argument(f"--{flag}", type=kind, required=True)
-    parser.add_argument("--own-networks", action="store_true")
+    parser.add_argument("--width", type=int)
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given, flags = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     import torch  # noqa: F401 (as the tutorial's script does first, so the clock has it)
@@ -144,7 +146,7 @@ def main() -> int:
         from engine import recipe as recipes
 
         recipe = replace(recipes.parse(given.recipe, flags).recipe, seed=given.seed)
-        recipe = own_networks(recipe) if given.own_networks else recipe
+        recipe = with_its_networks(recipe, given.width)
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / "metrics.jsonl"
     train(recipe, given.kimg, given.every_kimg, given.workers, path, watch)

@@ -5,6 +5,7 @@ outside. `rehearse` runs one iteration and undoes it, so that compilation happen
 on one local rank first: the others then take its cache.
 """
 
+import math
 import os
 import shutil
 import sysconfig
@@ -121,10 +122,15 @@ def repays(device: torch.device, flops: float) -> tuple[bool, str]:
     """Whether a run of so many FLOPs is long enough to look first how it is done best, and why."""
     if device.type == "cuda":
         return True, "GPU"
-    seconds = flops / (CPU_FLOPS * torch.get_num_threads())
-    if seconds < WORTHWHILE_S:
-        return False, f"a run of about {seconds:.0f} s on this CPU is too short to repay compiling"
-    return True, f"a run of about {seconds / 60:.0f} min on this CPU"
+    long = seconds(device, flops)
+    if long < WORTHWHILE_S:
+        return False, f"a run of about {long:.0f} s on this CPU is too short to repay compiling"
+    return True, f"a run of about {long / 60:.0f} min on this CPU"
+
+
+def seconds(device: torch.device, flops: float) -> float:
+    """How long so many FLOPs take on a CPU, by order of magnitude; of a GPU nothing is known."""
+    return flops / (CPU_FLOPS * torch.get_num_threads()) if device.type == "cpu" else math.inf
 
 
 def rehearse(

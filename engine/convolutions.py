@@ -27,12 +27,18 @@ class Call:
     dtype: torch.dtype
     format: torch.memory_format
 
-    def ways(self) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    @property
+    def flops(self) -> int:
+        """Of each of its maps."""
+        height, width = self.geometry.small
+        return 2 * self.images * height * width * self.small * self.large * self.geometry.kernel**2
+
+    def ways(self, device: torch.device) -> dict[str, dict[str, Callable[[], Tensor]]]:
         """Each of its maps, by the library and as a matrix product, on noise."""
         g, channels = self.geometry, (self.small, self.large)
-        large_NLHW = self._noise(self.images, self.large, *g.size)
-        small_NSPQ = self._noise(self.images, self.small, *g.small)
-        weight_SLKK = self._noise(*channels, g.kernel, g.kernel)
+        large_NLHW = self._noise(device, self.images, self.large, *g.size)
+        small_NSPQ = self._noise(device, self.images, self.small, *g.small)
+        weight_SLKK = self._noise(device, *channels, g.kernel, g.kernel)
         given = {
             "down": (down, large_NLHW, weight_SLKK),
             "up": (up, small_NSPQ, weight_SLKK),
@@ -45,9 +51,9 @@ class Call:
             if product.takes(name)
         }
 
-    def _noise(self, *shape: int) -> Tensor:
+    def _noise(self, device: torch.device, *shape: int) -> Tensor:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return noise.to(self.dtype).contiguous(memory_format=self.format)
+        return noise.to(device, self.dtype).contiguous(memory_format=self.format)
 
 
 def calls(live: Session, batch: Batch) -> dict[tuple[str, str], Call]:

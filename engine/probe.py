@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from engine import session
-from engine.compile import Compiler, repays
+from engine.compile import Compiler, repays, seconds
 from engine.convolutions import Call, Products, calls
 from engine.convolutions import products as by_layer
 from engine.describe import example_batch
@@ -33,8 +33,9 @@ from pipelines.batch import Batch
 FILE = "probe.json"
 EAGER = Compiler(False, "probe")
 ROUNDS = 3
-MAP = "map "  # begins the name of each choice that is one map of a convolution
-PATIENCE_S = 60.0  # after which no further round is begun
+MAP = "map"  # begins the name of each choice that is one map of a convolution
+PATIENCE_S = 60.0  # for one choice, at most
+SHARE = 0.01  # of a run's time, for one choice
 GAIN = 1.1  # what a way must be faster than the usual one: noise is not to decide
 WAYS = {
     "memory_format": ("channels_last", "contiguous"),
@@ -65,13 +66,15 @@ def choice(what: str, ms: dict[str, float], gain: float = GAIN) -> Choice:
     return Choice(what, ms, fastest if ms[usual] > gain * ms[fastest] else usual)
 
 
-def in_turns(ways: dict[str, Callable[[], object]], ranks: Ranks) -> dict[str, float]:
+def in_turns(
+    ways: dict[str, Callable[[], object]], ranks: Ranks, patience: float = PATIENCE_S
+) -> dict[str, float]:
     """Milliseconds of each way: the median of rounds, after one that does not count. All of these
-    ranks call it, and make as many rounds."""
+    ranks call it, and make as many rounds. patience: seconds after which no more are begun."""
     device, start = ranks.device, time.monotonic()
     found: dict[str, list[float]] = {way: [] for way in ways}
     for round_ in range(1 + ROUNDS):
-        if round_ > 1 and ranks.share(time.monotonic() - start > PATIENCE_S):
+        if round_ > 1 and ranks.share(time.monotonic() - start > patience):
             break
         for way, run in ways.items():
             synchronize(device)
@@ -96,23 +99,30 @@ def settings(
     if recipe.probe == "off" or not whole or not repays(ranks.device, flops)[0]:
         return []
     say("probe: measuring what is left to auto (--probe off takes the usual)")
+    patience = min(PATIENCE_S, SHARE * seconds(ranks.device, flops))
     found: list[Choice] = []
     for setting in WAYS:
         if getattr(recipe, setting) == "auto":
             try:
-                found += _setting(setting, applied(recipe, found), ranks, precision, classes)
+                settled = applied(recipe, found)
+                found += _setting(setting, settled, ranks, precision, classes, patience)
             except torch.OutOfMemoryError:
                 say(f"probe: no memory for two networks; the usual {setting.replace('_', ' ')}")
     return found
 
 
 def _setting(
-    setting: str, recipe: Recipe, ranks: Ranks, precision: Precision, classes: int
+    setting: str,
+    recipe: Recipe,
+    ranks: Ranks,
+    precision: Precision,
+    classes: int,
+    patience: float,
 ) -> list[Choice]:
     made = partial(_session, ranks=_lone(ranks), precision=precision, classes=classes)
     alone, maps = _alone(recipe, ranks), []
     if setting == "convolutions":
-        maps = _maps(made(alone)) if ranks.device.type == "cpu" else []
+        maps = _maps(made(alone), patience) if ranks.device.type == "cpu" else []
         if not products(maps):
             return maps
     lives = {
@@ -124,24 +134,29 @@ def _setting(
     ways = {way: _rehearsing(live, _noise(live)) for way, live in lives.items()}
     # each of the maps was seen to be faster by more than noise: together they need not be
     gain = 1.0 if maps else GAIN
-    return [*maps, choice(setting, in_turns(ways, _lone(ranks)), gain)]
+    return [*maps, choice(setting, in_turns(ways, _lone(ranks), patience), gain)]
 
 
-def _maps(live: Session) -> list[Choice]:
+def _maps(live: Session, patience: float) -> list[Choice]:
     """For each map of each convolution, whether it is faster as a matrix product; those that are
-    called alike are measured once."""
+    called alike are measured once, the largest first. What patience does not last for is not in
+    the table: it stays the library's."""
     found: list[Choice] = []
     figures: dict[Call, dict[str, dict[str, float]]] = {}
-    for (player, layer), call in calls(live, _noise(live)).items():
+    called, start = calls(live, _noise(live)), time.monotonic()
+    for place, call in sorted(called.items(), key=lambda item: item[1].flops, reverse=True):
         if call not in figures:
-            figures[call] = {m: in_turns(ways, live.ranks) for m, ways in call.ways().items()}
-        found += [choice(f"{MAP}{player} {layer} {m}", ms) for m, ms in figures[call].items()]
+            if time.monotonic() - start > patience:
+                break
+            ways = call.ways(live.ranks.device)
+            figures[call] = {m: in_turns(both, live.ranks, 0.0) for m, both in ways.items()}
+        found += [choice(" ".join((MAP, *place, m)), ms) for m, ms in figures[call].items()]
     return found
 
 
 def products(choices: list[Choice]) -> Products | None:
     """The maps that were found faster as matrix products; None where none was measured."""
-    maps = [c for c in choices if c.what.startswith(MAP)]
+    maps = [c for c in choices if c.what.startswith(f"{MAP} ")]
     faster = [tuple(c.what.split()[1:]) for c in maps if c.chosen == "matmul"]
     return by_layer(faster) if maps else None
 

@@ -24,7 +24,7 @@ from bench.speedrun_report import (
     results,
     table,
 )
-from bench.speedrun_tutorial import Images, Watch, own_networks
+from bench.speedrun_tutorial import Images, Watch, with_its_networks
 from engine import recipe as recipes
 from engine.metrics import schedule
 from engine.session import build_networks
@@ -268,9 +268,11 @@ def test_the_tutorial_sees_the_recipes_images(tmp_path):
         assert np.abs(shown[3].numpy() - wanted_CHW).max() < 1.01 / 127.5
 
 
-def test_the_tutorials_own_networks_take_the_recipes_place():
-    recipe = own_networks(recipes.load("dcgan_mnist"))
+@pytest.mark.parametrize(("given", "width"), [(None, 32), (8, 8)])
+def test_the_tutorials_own_networks_take_the_recipes_place(given, width):
+    recipe = with_its_networks(recipes.load("dcgan_mnist"), given)
     assert recipe.step.latent_dim() == 100
+    assert {p.network.width for p in recipe.step.players().values()} == {width}
     networks = build_networks(recipe)
     norms = [any(isinstance(m, nn.BatchNorm2d) for m in n.modules()) for n in networks.values()]
     assert norms == [True, True]
