@@ -10,8 +10,8 @@ that. Both are measured by one extractor, against one set of real images.
 
 Clocks run from the process's start: imports, data and compiling are in them. What measuring takes,
 and opening what it needs, is in neither. Each run of ours begins with no packed data and nothing
-compiled (unless --warm). Flags after -- go to the recipe: the tutorial has of them data
-and metrics, ours all.
+compiled (unless --warm). Flags after -- go to the recipe: the tutorial has of them data and
+metrics, ours all.
 
 Everything is kept in --out: the same command skips finished runs and begins an interrupted one
 anew, as its clock would be wrong. results.json and curves.png are made at the end.
