@@ -67,6 +67,15 @@ def outer(large_NLHW: Tensor, small_NSPQ: Tensor, g: Geometry) -> Tensor:
     return _Outer.apply(large_NLHW, small_NSPQ, g)
 
 
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast has a convolution take them."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) for t in tensors)
+
+
 class _Bilinear(Function):
     """What the three share: both factors are kept, and either may want its gradient."""
 

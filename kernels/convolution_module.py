@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kernels.convolution import MAPS, Forms, Geometry, down, up
+from kernels.convolution import MAPS, Forms, Geometry, as_autocast, down, up
 
 
 class _Mapped(nn.Module):
@@ -20,14 +20,6 @@ class _Mapped(nn.Module):
     def left_to_the_library(self) -> bool:
         """Inside a compiled gradient of a gradient, which would leave out ours silently."""
         return self.plain and torch.compiler.is_compiling()
-
-    def factors(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and weight as autocast has a convolution take them."""
-        kind = x_NCHW.device.type
-        if not torch.is_autocast_enabled(kind):
-            return x_NCHW, self.weight
-        dtype = torch.get_autocast_dtype(kind)
-        return x_NCHW.to(dtype), self.weight.to(dtype)
 
     def shifted(self, y_NCHW: Tensor) -> Tensor:
         """With the bias, if there is one."""
@@ -41,7 +33,9 @@ class MappedConv2d(_Mapped, nn.Conv2d):
         """Large to small."""
         if self.left_to_the_library():
             return nn.Conv2d.forward(self, x_NCHW)
-        return self.shifted(down(*self.factors(x_NCHW), geometry(self, x_NCHW, self.matmul)))
+        return self.shifted(
+            down(*as_autocast(x_NCHW, self.weight), geometry(self, x_NCHW, self.matmul))
+        )
 
 
 class MappedConvTranspose2d(_Mapped, nn.ConvTranspose2d):
@@ -51,7 +45,9 @@ class MappedConvTranspose2d(_Mapped, nn.ConvTranspose2d):
         """Small to large."""
         if self.left_to_the_library():
             return nn.ConvTranspose2d.forward(self, x_NCHW)
-        return self.shifted(up(*self.factors(x_NCHW), geometry(self, x_NCHW, self.matmul)))
+        return self.shifted(
+            up(*as_autocast(x_NCHW, self.weight), geometry(self, x_NCHW, self.matmul))
+        )
 
 
 KINDS = {nn.Conv2d: MappedConv2d, nn.ConvTranspose2d: MappedConvTranspose2d}

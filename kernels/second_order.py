@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from kernels.convolution import Geometry, down, up
+from kernels.convolution import Geometry, as_autocast, down, up
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ def _convolution(
     square = _square(weight, stride, padding)
     if square is None or groups != 1 or set(_pair(dilation)) != {1}:
         return NotImplemented
-    x, weight = _as_autocast(x_NCHW, weight)
+    x, weight = as_autocast(x_NCHW, weight)
     return _shifted(down(x, weight, Geometry(tuple(x.shape[2:]), *square)), bias)
 
 
@@ -71,7 +71,7 @@ def _transposed(
     kernel, step, pad = square
     sides = zip(x_NCHW.shape[2:], _pair(output_padding), strict=True)
     size = tuple((n - 1) * step + kernel - 2 * pad + rest for n, rest in sides)
-    x, weight = _as_autocast(x_NCHW, weight)
+    x, weight = as_autocast(x_NCHW, weight)
     return _shifted(up(x, weight, Geometry(size, *square)), bias)
 
 
@@ -192,14 +192,6 @@ def _square(weight: Tensor, stride: Any, padding: Any) -> tuple[int, int, int] |
         return None
     pairs = (tuple(weight.shape[2:]), _pair(stride), _pair(padding))
     return None if any(a != b for a, b in pairs) else tuple(a for a, _ in pairs)
-
-
-def _as_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return x, weight
-    dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), weight.to(dtype)
 
 
 def _shifted(y_NCHW: Tensor, bias: Tensor | None) -> Tensor:
