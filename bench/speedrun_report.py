@@ -172,8 +172,8 @@ def plot(path: Path, title: str, ruler: str, races: Sequence[Race]) -> None:
     axes.set(yscale="log", xlabel="seconds from the command, without measuring")
     axes.set_ylabel(f"Frechet distance\n{ruler}")
     axes.set_xlim(left=0)
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(ScalarFormatter())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     axes.set_title(title, fontsize=9)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.session import Session
-from kernels.convolution import MAPS, Forms, Geometry, down, outer, up
+from kernels.convolution import MAPS, Forms, Geometry, as_autocast, down, outer, up
 from kernels.convolution_module import geometry, mappable
 from pipelines.batch import Batch
 
@@ -78,12 +78,16 @@ def calls(live: Session, batch: Batch) -> dict[tuple[str, str], Call]:
 
 def _call(layer: nn.Module, x_NCHW: Tensor) -> Call:
     small, large = layer.weight.shape[:2]
-    dtype = x_NCHW.dtype
-    if torch.is_autocast_enabled(x_NCHW.device.type):
-        dtype = torch.get_autocast_dtype(x_NCHW.device.type)
     last = layer.weight.is_contiguous(memory_format=torch.channels_last)
     format_ = torch.channels_last if last else torch.contiguous_format
-    return Call(geometry(layer, x_NCHW), x_NCHW.shape[0], large, small, dtype, format_)
+    return Call(
+        geometry(layer, x_NCHW),
+        x_NCHW.shape[0],
+        large,
+        small,
+        as_autocast(x_NCHW)[0].dtype,
+        format_,
+    )
 
 
 def products(chosen: list[tuple[str, ...]]) -> Products:

@@ -1,17 +1,21 @@
 """Gradient penalties: losses on the gradient of a network with respect to its input.
 
-The inner gradient is taken by torch.func.grad, which holds in eager and inside a compiled loss
-function alike; torch.autograd.grad(create_graph=True) cannot be compiled. Inside it every operation
-is plain PyTorch: a fused one would give wrong gradients of the parameters, silently.
+The inner gradient is taken by torch.autograd.grad(create_graph=True), or by torch.func.grad in a
+compiled loss function, where the former cannot be had and whose handling of each operation costs an
+eager one half a millisecond. Inside it every operation is plain PyTorch, or one whose gradients are
+defined to any order: a fused one would give wrong gradients of the parameters, silently.
 
 Shapes: N batch, C channels, H height, W width.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from engine.networks.norms import statistics_kept
 from kernels.batchnorm_module import plain
+from kernels.convolution import of_images_alone
 from kernels.dispatch import wide
 from kernels.second_order import frugal
 
@@ -20,7 +24,15 @@ def input_gradient(critic: nn.Module, x_NCHW: Tensor, *given: Tensor) -> Tensor:
     """d sum(critic(x, *given)) / dx, (N, C, H, W), at least float32; no running statistics move.
     given: the classes (N,) for a critic that sees them."""
     with statistics_kept(critic), plain(critic), frugal():
-        return wide(torch.func.grad(lambda x: wide(critic(x, *given)).sum())(x_NCHW.detach()))
+        return wide(_gradient(lambda x: wide(critic(x, *given)).sum(), x_NCHW.detach()))
+
+
+def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.func.grad(function)(x)
+    out = function(x.requires_grad_())
+    with of_images_alone():
+        return torch.autograd.grad(out, x, create_graph=True)[0]
 
 
 def r1_penalty(critic: nn.Module, images_NCHW: Tensor, *given: Tensor) -> Tensor:

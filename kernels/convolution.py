@@ -16,7 +16,8 @@ kernel. Weights are (S, L, K, K), as of a convolution from large to small and of
 from small to large. Everything is fast where channels come last in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +26,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+aten = torch.ops.aten
+
 Forms = frozenset[str]
 Gradients = tuple[Tensor | None, Tensor | None, None]
 MAPS = ("down", "up", "outer")
+_images_alone = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,24 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
+@contextmanager
+def of_images_alone() -> Iterator[None]:
+    """Inside, a gradient is not also taken by the weights: a Function cannot see that none is
+    asked for."""
+    global _images_alone
+    _images_alone = True
+    try:
+        yield
+    finally:
+        _images_alone = False
+
+
+def _wanted(ctx: Any) -> tuple[bool, bool]:
+    """Whether a gradient is wanted by the image, and by the weight."""
+    image, weight, _ = ctx.needs_input_grad
+    return image, weight and not _images_alone
+
+
 class _Bilinear(Function):
     """What the three share: both factors are kept, and either may want its gradient."""
 
@@ -90,7 +112,7 @@ class _Down(_Bilinear):
     @staticmethod
     def forward(large: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         if not g.takes("down"):
-            return _library(large, weight, g, False, (0, 0))
+            return aten.convolution(large, weight, None, *_places(g))
         patches = _patches(large, g.kernel, g.stride, (g.padding,) * 4)
         small = _fresh(large, weight.shape[0], g.small)
         rows = small.permute(0, 2, 3, 1).view(-1, weight.shape[0])
@@ -102,7 +124,7 @@ class _Down(_Bilinear):
         if grad is None:
             return None, None, None
         (large, weight), g = ctx.saved_tensors, ctx.geometry
-        wants_large, wants_weight, _ = ctx.needs_input_grad
+        wants_large, wants_weight = _wanted(ctx)
         return (
             up(grad, weight, g) if wants_large else None,
             outer(large, grad, g) if wants_weight else None,
@@ -115,16 +137,15 @@ class _Up(_Bilinear):
     def forward(small: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         if g.takes("up"):
             return _sub_pixel(small, weight, g)
-        places = zip(g.size, g.small, strict=True)
-        rest = [n - (m - 1) * g.stride - g.kernel + 2 * g.padding for n, m in places]
-        return _library(small, weight, g, True, rest)
+        shape = (small.shape[0], weight.shape[1], *g.size)
+        return _gradient(small, small.new_empty(()).expand(shape), weight, g, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Gradients:
         if grad is None:
             return None, None, None
         (small, weight), g = ctx.saved_tensors, ctx.geometry
-        wants_small, wants_weight, _ = ctx.needs_input_grad
+        wants_small, wants_weight = _wanted(ctx)
         return (
             down(grad, weight, g) if wants_small else None,
             outer(grad, small, g) if wants_weight else None,
@@ -137,10 +158,7 @@ class _Outer(_Bilinear):
     def forward(large: Tensor, small: Tensor, g: Geometry) -> Tensor:
         shape = (small.shape[1], large.shape[1], g.kernel, g.kernel)
         if not g.takes("outer"):
-            weight = large.new_empty(()).expand(shape)  # tells the shape, is never read
-            places = ((g.stride,) * 2, (g.padding,) * 2, (1, 1), False, (0, 0), 1)
-            factors, masked = (small, large, weight, None), (False, True, False)
-            return torch.ops.aten.convolution_backward(*factors, *places, masked)[1]
+            return _gradient(small, large, large.new_empty(()).expand(shape), g, 1)
         patches = _patches(large, g.kernel, g.stride, (g.padding,) * 4)
         product = small.permute(0, 2, 3, 1).flatten(0, 2).T @ patches
         return product.view(shape[0], g.kernel, g.kernel, shape[1]).permute(0, 3, 1, 2)
@@ -158,11 +176,15 @@ class _Outer(_Bilinear):
         )
 
 
-def _library(
-    x: Tensor, weight: Tensor, g: Geometry, transposed: bool, rest: Sequence[int]
-) -> Tensor:
-    places = ((g.stride,) * 2, (g.padding,) * 2, (1, 1), transposed, rest, 1)
-    return torch.ops.aten.convolution(x, weight, None, *places)
+def _places(g: Geometry) -> tuple:
+    return (g.stride,) * 2, (g.padding,) * 2, (1, 1), False, (0, 0), 1
+
+
+def _gradient(small: Tensor, large: Tensor, weight: Tensor, g: Geometry, which: int) -> Tensor:
+    """The library's gradient of a convolution by the image (0) or the weight (1), of which nothing
+    but the shape is read. By the image it is faster than the transposed convolution."""
+    masked = [which == 0, which == 1, False]
+    return aten.convolution_backward(small, large, weight, None, *_places(g), masked)[which]
 
 
 def _patches(x_NCHW: Tensor, kernel: int, stride: int, pad: tuple[int, int, int, int]) -> Tensor:
