@@ -35,6 +35,7 @@ EAGER = Compiler(False, "probe")
 ROUNDS = 3
 MAP = "map"  # begins the name of each choice that is one map of a convolution
 PATIENCE_S = 60.0  # for one choice, at most
+LEAST_S = 5.0
 SHARE = 0.01  # of a run's time, for one choice
 GAIN = 1.1  # what a way must be faster than the usual one: noise is not to decide
 WAYS = {
@@ -99,7 +100,7 @@ def settings(
     if recipe.probe == "off" or not whole or not repays(ranks.device, flops)[0]:
         return []
     say("probe: measuring what is left to auto (--probe off takes the usual)")
-    patience = min(PATIENCE_S, SHARE * seconds(ranks.device, flops))
+    patience = min(PATIENCE_S, max(LEAST_S, SHARE * seconds(ranks.device, flops)))
     found: list[Choice] = []
     for setting in WAYS:
         if getattr(recipe, setting) == "auto":

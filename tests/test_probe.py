@@ -57,9 +57,8 @@ def test_ways_take_turns_and_the_first_round_does_not_count(monkeypatch):
 
 def test_what_takes_long_is_measured_in_few_rounds(monkeypatch):
     monkeypatch.setattr(probe, "ROUNDS", 100)
-    monkeypatch.setattr(probe, "PATIENCE_S", 0.05)
     calls = []
-    probe.in_turns({"a": lambda: (calls.append(1), time.sleep(0.03))}, RANKS)
+    probe.in_turns({"a": lambda: (calls.append(1), time.sleep(0.03))}, RANKS, 0.05)
     assert len(calls) == 2
 
 

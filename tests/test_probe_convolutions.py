@@ -58,7 +58,7 @@ def test_each_layer_is_measured_as_it_is_called(name, precision):
 def by_map(slow: str):
     """In place of a measurement: matrix products win, but for one map and for the whole."""
 
-    def in_turns(ways, _ranks):
+    def in_turns(ways, _ranks, _patience):
         function = getattr(next(iter(ways.values())), "func", None)
         wins = function is None or function.__name__ != slow
         return {way: 1.0 if (way == "matmul") == wins else 2.0 for way in ways}
@@ -80,15 +80,15 @@ def test_only_what_is_faster_becomes_a_product(monkeypatch):
 
 def test_the_library_stays_where_no_map_gains_or_the_whole_does_not(monkeypatch):
     recipe = replace(toy("dcgan_celeba", 4)[0], memory_format="channels_last")
-    slower = lambda ways, _: {way: float(i) for i, way in enumerate(ways, 1)}  # noqa: E731
+    slower = lambda ways, *_: {way: float(i) for i, way in enumerate(ways, 1)}  # noqa: E731
     monkeypatch.setattr(probe, "in_turns", slower)
     found = probe.settings(recipe, RANKS, FP32, 0, 1.0, [].append)
     assert found and probe.products(found) == {}
     assert probe.applied(recipe, found).convolutions == "auto"
 
-    def whole_is_slower(ways, ranks):
+    def whole_is_slower(ways, *rest):
         maps = hasattr(next(iter(ways.values())), "func")
-        return (by_map("none") if maps else slower)(ways, ranks)
+        return (by_map("none") if maps else slower)(ways, *rest)
 
     monkeypatch.setattr(probe, "in_turns", whole_is_slower)
     found = probe.settings(recipe, RANKS, FP32, 0, 1.0, [].append)
