@@ -9,6 +9,7 @@ large as the image. Here such operations are made of ones that depend on nothing
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,42 +77,49 @@ def _transposed(
 
 
 def _relu(x: Tensor, inplace: bool = False) -> Tensor:
-    return _Rectify.apply(x, 0.0)
+    return _Rectify.apply(x, 0.0, inplace)
 
 
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    return _Rectify.apply(x, negative_slope)
+    if negative_slope < 0:  # the result does not tell the sign
+        return NotImplemented
+    return _Rectify.apply(x, negative_slope, inplace)
 
 
 class _Rectify(Function):
-    """LeakyReLU, whose slope is constant on either side."""
+    """LeakyReLU, whose slope is constant on either side; its result is kept, not what it was given,
+    which it may overwrite."""
 
     @staticmethod
-    def forward(x: Tensor, slope: float) -> Tensor:
-        return aten.leaky_relu(x, slope)
+    def forward(x: Tensor, slope: float, inplace: bool) -> Tensor:
+        return aten.leaky_relu_(x, slope) if inplace else aten.leaky_relu(x, slope)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, ctx.slope = inputs
-        ctx.save_for_backward(x)
+        x, ctx.slope, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        return (None if grad is None else _Slopes.apply(grad, *ctx.saved_tensors, ctx.slope)), None
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
+        return _Slopes.apply(grad, *ctx.saved_tensors, ctx.slope), None, None
 
 
 class _Slopes(Function):
-    """A gradient times the slope of LeakyReLU at x."""
+    """A gradient times the slope of LeakyReLU where y came out."""
 
     @staticmethod
-    def forward(grad: Tensor, x: Tensor, slope: float) -> Tensor:
-        return aten.leaky_relu_backward(grad, x, slope, False)
+    def forward(grad: Tensor, y: Tensor, slope: float) -> Tensor:
+        return aten.leaky_relu_backward(grad, y, slope, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, x, ctx.slope = inputs
-        ctx.save_for_backward(x)
+        _, y, ctx.slope = inputs
+        ctx.save_for_backward(y)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -177,6 +185,8 @@ INSTEAD = {
     F.relu: _relu,
     Tensor.relu: _relu,
     torch.relu: _relu,
+    Tensor.relu_: partial(_relu, inplace=True),
+    torch.relu_: partial(_relu, inplace=True),
     F.leaky_relu: _leaky_relu,
     F.avg_pool2d: _average,
 }

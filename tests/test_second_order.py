@@ -32,11 +32,27 @@ class Middle(nn.Module):
         return torch.relu(self.grouped(F.leaky_relu(self.back(x_NCHW), 0.1)))
 
 
+class InPlace(nn.Module):
+    """A block whose activation writes over what its shortcut takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.last = nn.Conv2d(3, 2, 3)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """(N, 2, ...)."""
+        x_NCHW = self.first(x_NCHW)
+        x_NCHW = x_NCHW + self.second(F.leaky_relu(x_NCHW, 0.3, inplace=True))
+        return self.last(F.leaky_relu(F.relu(x_NCHW, inplace=True) - 0.1, -0.5).relu_())
+
+
 CRITICS = {
     "flat": lambda: residual.FlatCritic(8).build(ImageSpec(3, 16)),
     "layer norm": lambda: residual.Critic(4).build(ImageSpec(3, 16)),
     "spectral": lambda: spectral_norm(residual.FlatCritic(8).build(ImageSpec(3, 16))),
     "all": Middle,
+    "in place": InPlace,
 }
 
 
@@ -120,5 +136,5 @@ def test_every_replacement_serves(monkeypatch):
     monkeypatch.setattr(second_order, "INSTEAD", {f: watched(f, i) for f, i in INSTEAD.items()})
     penalty(Middle())
     with frugal():
-        F.relu(torch.ones(1))
+        F.relu(torch.ones(1)), torch.relu_(torch.ones(1)), torch.ones(1).relu_()
     assert served == set(INSTEAD)
