@@ -39,7 +39,9 @@ class Guarded(torch.optim.Optimizer):
             self.found_inf = (~self.norm.isfinite()).float()
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        norm = nn.utils.get_total_norm(gradients)
+        if not gradients:
+            return torch.zeros(())
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if not self.spread:
             return norm
         square = norm.square()

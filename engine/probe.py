@@ -33,6 +33,8 @@ from pipelines.batch import Batch
 FILE = "probe.json"
 EAGER = Compiler(False, "probe")
 ROUNDS = 3
+COMPILE = "compile "  # begins the name of each choice that is one function
+TOGETHER = "compiled functions"
 MAP = "map"  # begins the name of each choice that is one map of a convolution
 PATIENCE_S = 60.0  # for one choice, at most
 LEAST_S = 5.0
@@ -214,27 +216,36 @@ def _rehearsing(live: Session, batch: Batch) -> Callable[[], None]:
 
 
 def compilation(live: Session, compiler: Compiler, batch: Batch) -> list[Choice]:
-    """For each function that was compiled, whether it is faster so, the others being compiled; what
-    is not runs eager from here on. All ranks measure, rank 0's figures count."""
+    """For each function that was compiled, whether it is faster so, the others being compiled; then
+    whether what was chosen is faster than all of them as they are written. What is not compiled
+    runs eager from here on. All ranks measure, rank 0's figures count."""
 
-    def with_eager(*names: str) -> Callable[[], None]:
+    def with_eager(names: set[str]) -> Callable[[], None]:
         def run() -> None:
-            compiler.kept_eager = set(names)
+            compiler.kept_eager = names
             _rehearsing(live, batch)()
 
         return run
 
-    names = sorted(set(compiler.units.values()))
-    ms = in_turns({"": with_eager(), **{n: with_eager(n) for n in names}}, live.ranks)
-    ms = live.ranks.share(ms)
-    found = [choice(f"compile {n}", {"compiled": ms[""], "eager": ms[n]}) for n in names]
+    def measured(ways: dict[str, Callable[[], None]]) -> dict[str, float]:
+        return live.ranks.share(in_turns(ways, live.ranks))
+
+    names = set(compiler.units.values())
+    ms = measured({"": with_eager(set()), **{n: with_eager({n}) for n in sorted(names)}})
+    pairs = {n: {"compiled": ms[""], "eager": ms[n]} for n in sorted(names)}
+    found = [choice(f"{COMPILE}{n}", both) for n, both in pairs.items()]
+    if (chosen := kept_eager(found)) != names:
+        both = {"compiled": with_eager(chosen), "eager": with_eager(names)}
+        found.append(choice(TOGETHER, measured(both), gain=1.0))
     compiler.kept_eager = kept_eager(found)
     return found
 
 
 def kept_eager(choices: list[Choice]) -> set[str]:
     """Names of the functions that are faster so."""
-    return {c.what.removeprefix("compile ") for c in choices if c.chosen == "eager"}
+    functions = [c for c in choices if c.what.startswith(COMPILE)]
+    all_ = any(c.what == TOGETHER and c.chosen == "eager" for c in choices)
+    return {c.what.removeprefix(COMPILE) for c in functions if all_ or c.chosen == "eager"}
 
 
 def write(folder: Path, choices: list[Choice]) -> None:

@@ -120,7 +120,7 @@ def test_mixed_precision_is_that_of_the_library():
     assert_all_close(found, wanted, rtol=0.03)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_penalty_on_the_gradient_has_the_gradients_of_the_library(compiled):
     def penalty(critic: nn.Module) -> list[Tensor]:
         def loss() -> Tensor:

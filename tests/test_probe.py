@@ -156,11 +156,20 @@ def test_what_is_slower_compiled_runs_eager_and_nothing_else_changes(monkeypatch
         "compile generator_update": "eager"
     }
     assert "compile discriminator_update" in {c.what for c in found if c.chosen == "compiled"}
+    assert found[-1].what == probe.TOGETHER
     assert "generator_update" in compiler.kept_eager == probe.kept_eager(found)
     after = (*live.state_tensors(), live.clock.device_images)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     generator_update = next(f for f, n in compiler.units.items() if n == "generator_update")
     assert compiler(generator_update) is generator_update
+
+
+def test_all_run_eager_where_that_is_faster_than_what_was_chosen():
+    ms = {"compiled": 2.0, "eager": 1.0}
+    one, other = Choice("compile a", ms, "eager"), Choice("compile b", ms, "compiled")
+    assert probe.kept_eager([one, other]) == {"a"}
+    assert probe.kept_eager([one, other, Choice(probe.TOGETHER, ms, "compiled")]) == {"a"}
+    assert probe.kept_eager([one, other, Choice(probe.TOGETHER, ms, "eager")]) == {"a", "b"}
 
 
 def test_a_run_keeps_what_was_measured_when_it_began(tmp_path, capsys):
