@@ -223,7 +223,7 @@ class Player:
         norm = self.optimizer.norm
         self.bad_losses += (~loss.isfinite()).float()
         if not self.scaler:  # an overflowing gradient is the scaler's daily work, not a failure
-            self.bad_gradients += self.optimizer.found_inf
+            self.bad_gradients += (~norm.isfinite()).float()
         if self.average:
             self.average.follow(self.clock.device_images, self.clock.batch * self.stride)
         return norm
