@@ -19,9 +19,9 @@ import torch
 from engine.world import Ranks
 from pipelines.settings import cache_home
 
-# Compilation of a small network pair costs half a minute to a minute of two CPU cores; a run must
-# be long enough for its gain (a tenth, bench/bench_step.py) to exceed that.
-WORTHWHILE_S = 600.0
+# Compiling a small network pair, and measuring what came out, costs up to a minute and a half of
+# two CPU cores; its gain, a tenth at best (bench/bench_step.py), must well exceed that.
+WORTHWHILE_S = 1800.0
 CPU_FLOPS = 5e10  # per core and second, small layers included: only an order of magnitude
 
 
@@ -114,18 +114,18 @@ def choose_compile(setting: str, device: torch.device, flops: float, obstacle: s
         compiler.fall_back(obstacle)
         return compiler
     if setting == "auto":
-        compiler.active, compiler.reason = repays(device, flops)
+        compiler.active, compiler.reason = _repays(device, flops)
     return compiler
 
 
-def repays(device: torch.device, flops: float) -> tuple[bool, str]:
-    """Whether a run of so many FLOPs is long enough to look first how it is done best, and why."""
+def _repays(device: torch.device, flops: float) -> tuple[bool, str]:
     if device.type == "cuda":
         return True, "GPU"
     long = seconds(device, flops)
+    said = f"a run of about {long / 60:.0f} min" if long >= 60 else f"a run of about {long:.0f} s"
     if long < WORTHWHILE_S:
-        return False, f"a run of about {long:.0f} s on this CPU is too short to repay compiling"
-    return True, f"a run of about {long / 60:.0f} min on this CPU"
+        return False, f"{said} on this CPU is too short to repay compiling"
+    return True, f"{said} on this CPU"
 
 
 def seconds(device: torch.device, flops: float) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from engine import session
-from engine.compile import Compiler, repays, seconds
+from engine.compile import Compiler, seconds
 from engine.convolutions import Call, Products, calls
 from engine.convolutions import products as by_layer
 from engine.describe import example_batch
@@ -33,6 +33,7 @@ from pipelines.batch import Batch
 FILE = "probe.json"
 EAGER = Compiler(False, "probe")
 ROUNDS = 3
+WORTHWHILE_S = 600.0  # what a run takes at least
 COMPILE = "compile "  # begins the name of each choice that is one function
 TOGETHER = "compiled functions"
 MAP = "map"  # begins the name of each choice that is one map of a convolution
@@ -99,7 +100,7 @@ def settings(
     """What the recipe leaves to auto, measured by this rank alone where a run of so many FLOPs is
     worth it and a network is whole on each rank. Raises ValueError for sizes that do not fit."""
     whole = ranks.world_size == 1 or recipe.parallel == "ddp"
-    if recipe.probe == "off" or not whole or not repays(ranks.device, flops)[0]:
+    if recipe.probe == "off" or not whole or seconds(ranks.device, flops) < WORTHWHILE_S:
         return []
     say("probe: measuring what is left to auto (--probe off takes the usual)")
     patience = min(PATIENCE_S, max(LEAST_S, SHARE * seconds(ranks.device, flops)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import checkpoint, compile, probe, session
+from engine import checkpoint, probe, session
 from engine.compile import Compiler
 from engine.precision import Precision
 from engine.probe import Choice
@@ -21,7 +21,7 @@ RANKS, FP32 = Ranks(0, 0, 1, CPU), Precision("fp32", "test", "cpu")
 
 @pytest.fixture(autouse=True)
 def a_long_run(monkeypatch):
-    monkeypatch.setattr(compile, "WORTHWHILE_S", 0.0)
+    monkeypatch.setattr(probe, "WORTHWHILE_S", 0.0)
     monkeypatch.setattr(probe, "ROUNDS", 1)
 
 
@@ -102,7 +102,7 @@ def test_where_memory_is_short_the_usual_is_taken(monkeypatch):
 
 
 def test_a_short_run_is_not_measured(monkeypatch):
-    monkeypatch.setattr(compile, "WORTHWHILE_S", 600.0)
+    monkeypatch.setattr(probe, "WORTHWHILE_S", 600.0)
     assert not measured("dcgan_celeba")
 
 
