@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from engine import session
 from engine.compile import Compiler
-from engine.networks import dcgan, mlp
+from engine.networks import cgan, dcgan, mlp, residual
 from engine.networks.spec import ImageSpec, Network
 from engine.session import Session
 from engine.settings import Length, PlayerSettings, Recipe
@@ -18,15 +18,19 @@ from pipelines.batch import Batch
 from pipelines.settings import Data
 from tests.players import BATCH, FP32, RANKS, moved, weights
 
+ALONE = [kind for kind in Network.__subclasses__() if kind.alone]
 
-def started(joint: bool = False, discriminator: Network | None = None) -> Session:
+
+def started(
+    joint: bool = False, discriminator: Network | None = None, spectral_norm: bool = False
+) -> Session:
     """A toy adversarial session at 16x16."""
     discriminator = discriminator or dcgan.Discriminator(width=4)
     recipe = Recipe(
         data=Data(resolution=16, channels=1, batch=BATCH),
         step=Adversarial(
             generator=PlayerSettings(dcgan.Generator(latent=6, width=4)),
-            discriminator=PlayerSettings(discriminator),
+            discriminator=PlayerSettings(discriminator, spectral_norm=spectral_norm),
             joint=joint,
         ),
         length=Length(steps=10),
@@ -114,6 +118,42 @@ def test_joint_equals_separate_for_a_discriminator_without_batchnorm():
     for name, player in separate.players.items():
         for mine, theirs in zip(player.parameters, joint.players[name].parameters, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("discriminator", "spectral_norm", "joint", "seen"),
+    [
+        (mlp.Discriminator((4, 6)), False, False, [2 * BATCH, BATCH]),
+        (mlp.Discriminator((4, 6)), True, False, [BATCH, BATCH, BATCH]),
+        (mlp.Discriminator((4, 6)), False, True, [2 * BATCH, 2 * BATCH]),
+        (dcgan.Discriminator(width=4), False, False, [BATCH, BATCH, BATCH]),
+    ],
+)
+def test_real_and_fake_images_go_together_where_it_is_all_the_same(
+    discriminator, spectral_norm, joint, seen
+):
+    live, found = started(joint, discriminator, spectral_norm), []
+    network = live.players["discriminator"].network
+    network.register_forward_pre_hook(lambda _, given: found.append(len(given[0])))
+    advance(live, 1)
+    assert found == seen
+
+
+@pytest.mark.parametrize("settings", ALONE, ids=lambda c: f"{c.__module__}.{c.__name__}")
+def test_networks_that_judge_alone_do(settings):
+    torch.manual_seed(0)
+    network = settings().build(ImageSpec(1, 16, classes=10)).train()
+    before = {name: b.clone() for name, b in network.named_buffers()}
+    x, y, other = (torch.randn(2, 1, 16, 16) for _ in range(3))
+    labels = (torch.arange(4),) if settings.classes else ()
+    beside, beside_other = (network(torch.cat([x, z]), *labels)[:2] for z in (y, other))
+    assert torch.equal(beside, beside_other) and beside.std() > 0
+    assert all(torch.equal(b, before[name]) for name, b in network.named_buffers())
+
+
+def test_those_that_look_at_their_company_do_not_say_so():
+    assert {mlp.Discriminator, cgan.Discriminator, residual.Critic} <= set(ALONE)
+    assert dcgan.Discriminator not in ALONE  # BatchNorm
 
 
 def judged(network, real, fake, joint=False):

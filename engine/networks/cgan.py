@@ -10,6 +10,7 @@ Shapes: N batch, C channels, H height, W width, L latent.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,7 @@ class Generator(Network):
 class Discriminator(Network):
     """Sizes of the fully connected discriminator."""
 
+    alone: ClassVar[bool] = True
     classes: int = 10
     """Classes of the dataset."""
     hidden: tuple[int, ...] = (512, 512, 512)

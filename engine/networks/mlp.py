@@ -6,6 +6,7 @@ taught ones: generator latent-256-512-1024-pixels with BatchNorm and LeakyReLU, 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -40,6 +41,7 @@ class Generator(Network):
 class Discriminator(Network):
     """Sizes of the convolutional discriminator."""
 
+    alone: ClassVar[bool] = True
     channels: tuple[int, ...] = (32, 64, 128)
     """Output channels of the 5x5 convolutions, each of stride 2."""
 

@@ -8,7 +8,7 @@ Shapes: N batch, C channels, H height, W width, L latent.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -122,6 +122,7 @@ def channels(width: int, doublings: int, growing: bool) -> list[int]:
 class Critic(Network):
     """Sizes of the 64x64 critic (GoodDiscriminator): LayerNorm, a linear layer over all places."""
 
+    alone: ClassVar[bool] = True
     width: int = 64
     """Channels after the first layer; doubled with each stage, at most 8 times."""
 
@@ -139,6 +140,7 @@ class Critic(Network):
 class FlatCritic(Network):
     """Sizes of the CIFAR-10 critic: no norm, as many channels everywhere, a mean over places."""
 
+    alone: ClassVar[bool] = True
     width: int = 128
     """Channels."""
 

@@ -35,6 +35,10 @@ class Network:
     traceable: ClassVar[bool] = True
     """Whether the module is one graph of a sensible size, for ONNX and torch.export."""
 
+    alone: ClassVar[bool] = False
+    """Whether its module judges each image by itself, whatever else is in the batch, and remembers
+    nothing of it: real and fake images may then go through it as one batch."""
+
     any_size: ClassVar[bool] = True
     """Whether a module that makes images of images takes other sizes than it was built for."""
 

@@ -240,7 +240,7 @@ def discriminator_update(
 ) -> tuple[Tensor, Values]:
     """The discriminator's loss, its mean opinions 1 - D_fake of real and of generated images, and
     the mean of the largest responsibilities."""
-    real_NO, fake_NO = discriminator(real_NCHW), discriminator(fake_NCHW)
+    real_NO, fake_NO = discriminator(torch.cat([real_NCHW, fake_NCHW.to(real_NCHW)])).chunk(2)
     values = {"real": _mean_opinion(real_NO), "fake": _mean_opinion(fake_NO)}
     values["confidence"] = share_NK.max(dim=1).values.mean()
     return real_loss(real_NO, share_NK) + fake_loss(fake_NO), values
