@@ -10,6 +10,8 @@ that Inductor writes.
 """
 
 import math
+import sys
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,8 +21,7 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-_MULTIPLIERS, _WEYL = (np.array(pair, np.uint64)[:, None, None] for pair in (MULTIPLIERS, WEYL))
-_HALF, _LOW = np.uint64(32), np.uint64(MASK)
+_MULTIPLIERS = np.array(MULTIPLIERS, np.uint64)[:, None, None]
 
 
 def make_key(seed: int, salt: int = 0, device: torch.device | str = "cpu") -> Tensor:
@@ -54,8 +55,7 @@ def philox(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
 def bits(key: Tensor, stream: int, index_N: Tensor, size: int) -> Tensor:
     """32 random bits as int64 (N, size) for each image index (int64 (N,)) of a stream."""
     if by_numpy(index_N):
-        words = _philox_numpy(index_N.numpy(), -(-size // 4), stream, int(key.numpy()))
-        return torch.from_numpy(words)[:, :size]
+        return torch.from_numpy(_words(key, stream, index_N, size).astype(np.int64))
     block = torch.arange(-(-size // 4), dtype=torch.int64, device=index_N.device)[None]
     index = index_N[:, None]
     zero = torch.zeros_like(index + block)
@@ -69,34 +69,57 @@ def by_numpy(index_N: Tensor) -> bool:
     return type(index_N) is Tensor and index_N.is_cpu and not torch.compiler.is_compiling()
 
 
-def _philox_numpy(index_N: np.ndarray, blocks: int, stream: int, key: int) -> np.ndarray:
-    """`bits` of whole blocks, int64 (N, 4 * blocks), for an eager draw on a CPU: there the hundreds
-    of small tensor operations take ten times as long as the arithmetic."""
-    counter = np.empty((4, len(index_N), blocks), np.uint64)
-    counter[0], counter[2] = (index_N & MASK)[:, None], np.arange(blocks, dtype=np.uint64)
-    counter[1], counter[3] = (index_N >> 32 & MASK)[:, None], stream
+def _words(key: Tensor, stream: int, index_N: Tensor, size: int) -> np.ndarray:
+    """`bits` as uint32 for an eager draw on a CPU: there the hundreds of small tensor operations
+    take ten times as long as the arithmetic."""
+    count, blocks = len(index_N), -(-size // 4)
+    counter = np.empty((4, count, blocks), np.uint32)
+    counter[:2] = _halves(np.ascontiguousarray(index_N.numpy())[:, None])
+    counter[2], counter[3] = np.arange(blocks), stream
     words, kept = counter[::2], counter[1::2]
-    keys = np.array([key & MASK, key >> 32 & MASK], np.uint64)[:, None, None]
-    for _ in range(ROUNDS):
-        product = words * _MULTIPLIERS
-        words = (product[::-1] >> _HALF) ^ kept ^ keys
-        kept = product[::-1] & _LOW
-        keys = (keys + _WEYL) & _LOW
+    products = np.empty((2, *words.shape), np.uint64)
+    for number, keys in enumerate(_round_keys(int(key))):
+        low, high = _halves(np.multiply(words, _MULTIPLIERS, out=products[number % 2]))
+        words = high[::-1] ^ kept
+        words ^= keys
+        kept = low[::-1]
     mixed = np.stack([words[0], kept[0], words[1], kept[1]], axis=2)
-    return mixed.view(np.int64).reshape(len(index_N), 4 * blocks)
+    return mixed.reshape(count, 4 * blocks)[:, :size]
+
+
+def _halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high 32 bits of 64-bit integers, as views."""
+    both = x.view(np.uint32).reshape(*x.shape, 2)
+    low = int(sys.byteorder == "big")
+    return both[..., low], both[..., 1 - low]
+
+
+@lru_cache(maxsize=16)
+def _round_keys(key: int) -> list[np.ndarray]:
+    """Of each round, uint32 (2, 1, 1)."""
+    pair = np.array([key & MASK, key >> 32 & MASK], np.uint64)[:, None, None]
+    step = np.array(WEYL, np.uint64)[:, None, None]
+    return [(pair + number * step).astype(np.uint32) for number in range(ROUNDS)]
 
 
 def uniform(key: Tensor, stream: int, index_N: Tensor, size: int) -> Tensor:
     """Uniform numbers in [0, 1), float32 (N, size), with 24 random bits each."""
-    return (bits(key, stream, index_N, size) >> 8).float() * 2.0**-24
+    return _integers(key, stream, index_N, size) * 2.0**-24
+
+
+def _integers(key: Tensor, stream: int, index_N: Tensor, size: int) -> Tensor:
+    """Uniform integers below 2**24, float32 (N, size)."""
+    if by_numpy(index_N):
+        return torch.from_numpy((_words(key, stream, index_N, size) >> 8).astype(np.float32))
+    return (bits(key, stream, index_N, size) >> 8).float()
 
 
 def normal(key: Tensor, stream: int, index_N: Tensor, size: int) -> Tensor:
     """Standard normal numbers, float32 (N, size), by Box and Muller (1958); the first ones of an
     image do not depend on how many are drawn."""
-    words = bits(key, stream, index_N, size + size % 2)
+    integers = _integers(key, stream, index_N, size + size % 2)
     # (0, 1] for the logarithm, hence the + 1
-    radius = torch.sqrt(-2.0 * torch.log(((words[:, 0::2] >> 8) + 1).float() * 2.0**-24))
-    angle = (words[:, 1::2] >> 8).float() * (2.0 * math.pi * 2.0**-24)
+    radius = torch.sqrt(-2.0 * torch.log((integers[:, 0::2] + 1) * 2.0**-24))
+    angle = integers[:, 1::2] * (2.0 * math.pi * 2.0**-24)
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2)
     return pairs.flatten(1)[:, :size]

@@ -229,12 +229,18 @@ def test_it_runs_on_the_meta_device():
 
 @pytest.mark.parametrize("size", [1, 4, 10, 100])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_numpy_and_tensors_give_the_same_bits(monkeypatch, seed, size):
+@pytest.mark.parametrize("draw", [philox.bits, philox.uniform, philox.normal])
+def test_numpy_and_tensors_give_the_same(monkeypatch, draw, seed, size):
     key, index_N = philox.make_key(seed), torch.cat([MANY[:9], 2**31 + MANY[:9], 2**45 + MANY[:9]])
-    by_numpy = philox.bits(key, 9, index_N, size)
+    by_numpy = draw(key, 9, index_N, size)
     monkeypatch.setattr(philox, "by_numpy", lambda index_N: False)
-    monkeypatch.setattr(philox, "_philox_numpy", None)
-    assert torch.equal(philox.bits(key, 9, index_N, size), by_numpy)
+    monkeypatch.setattr(philox, "_words", None)
+    assert torch.equal(draw(key, 9, index_N, size), by_numpy)
+
+
+def test_positions_need_not_lie_side_by_side():
+    every, second = philox.bits(KEY, 9, MANY[:8], 5), philox.bits(KEY, 9, MANY[:8:2], 5)
+    assert torch.equal(second, every[::2])
 
 
 @pytest.mark.slow
