@@ -20,7 +20,7 @@ from engine.world import Ranks
 from pipelines.settings import cache_home
 
 # Compiling a small network pair, and measuring what came out, costs up to a minute and a half of
-# two CPU cores; its gain, a tenth at best (bench/bench_step.py), must well exceed that.
+# two CPU cores, and gains a twentieth in the mean (bench/bench_recipes.py).
 WORTHWHILE_S = 1800.0
 CPU_FLOPS = 5e10  # per core and second, small layers included: only an order of magnitude
 
