@@ -86,7 +86,7 @@ def test_the_yardstick():
 @pytest.mark.parametrize(
     "loss",
     [
-        pytest.param(loss, marks=REPEATED if loss in ("minimax", "least-squares") else ())
+        pytest.param(loss, marks=REPEATED if loss in ("minimax", "least-squares", "hinge") else ())
         for loss in ADVERSARIES
     ],
 )

@@ -64,13 +64,18 @@ def test_every_way_goes_on_from_its_own_checkpoint_bit_for_bit(way, tmp_path, un
 @pytest.mark.parametrize(
     ("first", "then", "ranks"),
     [
-        pytest.param("fsdp2", "ddp", 2, marks=pytest.mark.repeated),
         ("ddp", "fsdp2", 2),
-        ("fsdp2", "ddp", 1),
-        ("deepspeed-zero3", "deepspeed-zero1", 2),
-        pytest.param("deepspeed-zero1", "fsdp2", 2, marks=pytest.mark.repeated),
         ("ddp", "deepspeed-zero3", 2),
         ("deepspeed-zero2", "ddp", 1),
+        *(
+            pytest.param(*ways, marks=pytest.mark.repeated)
+            for ways in (
+                ("fsdp2", "ddp", 2),
+                ("fsdp2", "ddp", 1),
+                ("deepspeed-zero3", "deepspeed-zero1", 2),
+                ("deepspeed-zero1", "fsdp2", 2),
+            )
+        ),
     ],
 )
 def test_another_way_and_number_of_ranks_go_on(first, then, ranks, tmp_path, unbroken):
