@@ -47,6 +47,7 @@ WAYS = {
     "kernels": ("auto", "fused"),
 }
 """Of settings that may be left to auto, the usual one first."""
+PARTS = "accumulate"
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,14 @@ class Choice:
     chosen: str
 
     @property
+    def why(self) -> str:
+        """The figures."""
+        return "measured: " + ", ".join(f"{way} {ms:,.0f} ms" for way, ms in self.ms.items())
+
+    @property
     def said(self) -> str:
         """In words, with the figures."""
-        figures = ", ".join(f"{way} {ms:,.0f} ms" for way, ms in self.ms.items())
-        return f"{self.chosen} (measured: {figures})"
+        return f"{self.chosen} ({self.why})"
 
 
 def choice(what: str, ms: dict[str, float], gain: float = GAIN) -> Choice:
@@ -105,14 +110,24 @@ def settings(
     say("probe: measuring what is left to auto (--probe off takes the usual)")
     patience = min(PATIENCE_S, max(LEAST_S, SHARE * seconds(ranks.device, flops)))
     found: list[Choice] = []
-    for setting in WAYS:
-        if getattr(recipe, setting) == "auto":
-            try:
-                settled = applied(recipe, found)
-                found += _setting(setting, settled, ranks, precision, classes, patience)
-            except torch.OutOfMemoryError:
-                say(f"probe: no memory for two networks; the usual {setting.replace('_', ' ')}")
+    left = [setting for setting in WAYS if getattr(recipe, setting) == "auto"]
+    left += [PARTS] if recipe.batch_per_rank == "auto" else []
+    for setting in left:
+        try:
+            settled = applied(recipe, found)
+            found += _setting(setting, settled, ranks, precision, classes, patience)
+        except torch.OutOfMemoryError:
+            say(f"probe: no memory for two networks; the usual {setting.replace('_', ' ')}")
     return found
+
+
+def _ways(setting: str, alone: Recipe) -> dict[str, Any]:
+    """Its values by name, the usual one first; of micro-batches as many as fit the memory, and two
+    and four times as many, which may fit a cache."""
+    if setting != PARTS:
+        return {way: way for way in WAYS[setting]}
+    counts = [alone.accumulate * times for times in (1, 2, 4)]
+    return {str(count): count for count in counts if alone.data.batch % count == 0}
 
 
 def _setting(
@@ -130,8 +145,8 @@ def _setting(
         if not products(maps):
             return maps
     lives = {
-        way: made(replace(alone, **{setting: way}), products=products(maps))
-        for way in WAYS[setting]
+        way: made(replace(alone, **{setting: value}), products=products(maps))
+        for way, value in _ways(setting, alone).items()
     }
     if not _differ(setting, lives, ranks.device):
         return []
@@ -168,7 +183,8 @@ def products(choices: list[Choice]) -> Products | None:
 def applied(recipe: Recipe, found: list[Choice]) -> Recipe:
     """The recipe with what was found in place of auto."""
     settled = {c.what: c.chosen for c in found if getattr(recipe, c.what, "") == "auto"}
-    return replace(recipe, **settled)
+    parts = next((int(c.chosen) for c in found if c.what == PARTS), recipe.accumulate)
+    return replace(recipe, accumulate=parts, **settled)
 
 
 def _alone(recipe: Recipe, ranks: Ranks) -> Recipe:
@@ -189,8 +205,8 @@ def _lone(ranks: Ranks) -> Ranks:
 def _differ(setting: str, lives: dict[str, Session], device: torch.device) -> bool:
     """Whether there is anything that the setting changes."""
     if setting != "memory_format":
-        return device.type == "cuda" or setting == "convolutions"
-    players = lives[WAYS[setting][0]].players.values()
+        return len(lives) > 1 and (device.type == "cuda" or setting != "kernels")
+    players = next(iter(lives.values())).players.values()
     weights = [p for player in players for p in player.network.parameters() if p.ndim == 4]
     return any(
         p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()

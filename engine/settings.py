@@ -389,7 +389,8 @@ class Recipe:
     """Micro-batches per update; gradients are reduced over ranks once per update."""
     batch_per_rank: int | Literal["auto"] | None = None
     """Images of a rank's micro-batch, in place of --accumulate; auto takes as many as the free
-    memory has room for, where no BatchNorm sees them. May change on resume."""
+    memory has room for, or fewer where that is measured to be faster, where no BatchNorm sees them.
+    May change on resume."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
     """BatchNorm statistics over the batch of all ranks in place of each rank's own; auto does so
     where a rank has fewer than 16 images."""

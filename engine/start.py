@@ -171,8 +171,9 @@ def _prepare(
         dataset, recipe.data, live.clock, recipe.seed, live.key, display.line, fed
     )
     exits.callback(pipeline.close)
+    parts = [c.why for c in found if c.what == probe.PARTS]
     resolved = resolution.facts(live, pipeline, precision, compiler, captured, found) | {
-        "accumulate": [shared.accumulate, micro]
+        "accumulate": [shared.accumulate, "; ".join([micro, *parts])]
     }
     _introduce(display, resolution.introduction(resolved, ranks, dataset, recipe.step.notes()))
     graph, stats = CudaGraph if captured[0] else None, Stats(ranks)
@@ -274,9 +275,10 @@ def _facts(name: str, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
 
 
 def _known(folder: Path, before: dict[str, Any], ranks: Ranks) -> list[probe.Choice]:
-    """What was measured when the run began, if that was on such a device."""
+    """What was measured when the run began, if that was on such a device. Micro-batches are those
+    of so many ranks."""
     here = before["resolved"]["device_type"] == ranks.device.type
-    return probe.read(folder) if here else []
+    return [c for c in probe.read(folder) if c.what != probe.PARTS] if here else []
 
 
 def _resume(

@@ -83,6 +83,26 @@ def test_what_makes_no_difference_is_not_measured():
     assert not order  # its networks go channel by channel in any case
 
 
+def test_micro_batches_left_open_are_measured():
+    (found,) = measured("vae_mnist", batch_per_rank="auto", accumulate=2)
+    assert found.what == probe.PARTS and list(found.ms) == ["2", "4"]  # of 4 images
+    small = replace(toy("vae_mnist", 4)[0], batch_per_rank="auto")
+    assert probe.applied(small, [Choice(probe.PARTS, {}, "4")]).accumulate == 4
+    assert not measured("vae_mnist", batch_per_rank="auto", accumulate=4)  # one image each
+
+
+def test_a_run_has_the_micro_batches_that_were_measured_and_keeps_them(
+    monkeypatch, tmp_path, capsys
+):
+    times = iter([{"1": 100.0, "2": 50.0, "4": 60.0}])
+    monkeypatch.setattr(probe, "in_turns", lambda *_: next(times))
+    flags = [*toy("vae_mnist", 8)[1], *QUICK, "--runs", str(tmp_path), "--compile", "off"]
+    for steps in "12":
+        assert main(["vae_mnist", *flags, "--batch-per-rank", "auto", "--steps", steps]) == 0
+    first, second = capsys.readouterr().out.split("micro-batches: 2 (")[1:]
+    assert "measured: 1 100 ms, 2 50 ms, 4 60 ms" in first and second.startswith("as when")
+
+
 def test_a_network_that_is_spread_over_ranks_is_not_measured_by_one():
     small = replace(toy("dcgan_celeba", 4)[0], convolutions="library")
     two = Ranks(0, 0, 2, CPU)
