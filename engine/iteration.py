@@ -143,6 +143,8 @@ class Iteration:
             names = graph.record(self._on_device)
         except RuntimeError as error:
             self._graph = None
+            for player in self.session.players.values():
+                player.shared.forget()  # gradients that were recorded hold nothing
             first = str(error).strip().split("\n", 1)[0][:300]
             self._say(f"graph: off from here on (the iteration cannot be captured: {first})")
             return

@@ -38,11 +38,13 @@ class Tape(TorchDispatchMode):
         return out
 
     def record(self, work: Callable[[], Any]) -> Any:
-        with self:
-            result = work()
-        for tensor, before in self._before.values():
-            tensor.copy_(before)
-        return result
+        try:
+            with self:
+                return work()
+        finally:
+            with torch.no_grad():
+                for tensor, before in self._before.values():
+                    tensor.copy_(before)
 
     @torch.no_grad()
     def replay(self) -> None:

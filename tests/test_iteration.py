@@ -13,6 +13,7 @@ from engine import checkpoint, recipe, session
 from engine import iteration as iterations
 from engine.compile import Compiler
 from engine.iteration import CudaGraph, Graph, Iteration, choose_graph, own_stream
+from engine.optimizer import Guarded
 from engine.parallel import Piece
 from engine.precision import Precision
 from engine.session import Session
@@ -185,6 +186,25 @@ def test_what_cannot_be_captured_runs_as_written_and_says_so_once(tmp_path):
         "graph: off from here on (the iteration cannot be captured: "
         "operation not permitted when stream is capturing)"
     ]
+
+
+class BrokenBackward(Broken):
+    """One whose record ends between an update's backward pass and its optimizer."""
+
+    def record(self, work):
+        def fail(*_: object) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Guarded, "guard", fail)
+            Tape().record(work)
+
+
+def test_gradients_of_an_iteration_that_could_not_be_captured_are_dropped(tmp_path):
+    small, _ = toy("dcgan_digits", 8)
+    plain, broken = (Live(small, tmp_path, graph) for graph in (None, BrokenBackward))
+    assert_equal(plain.run(6), broken.run(6))
+    assert "off from here on" in broken.said[0]
 
 
 def test_a_state_that_is_restored_is_recorded_anew(tmp_path):
