@@ -58,7 +58,8 @@ def tick(t: Training, pace: Pace, sample: bool, measure: bool = False) -> Pace:
     values["time/data_share"] = pace.waited / seconds
     values["memory/gib"] = memory_gib(clock.device)
     values["data/skipped"] = t.pipeline.skipped
-    clock.enter(watchdog.OUTPUTS)
+    if sample or measure:
+        clock.enter(watchdog.OUTPUTS)
     with t.session.gathered() if sample or measure else nullcontext():
         if measure:
             values |= t.metrics.measure(t.session)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from engine.profiling.intervals import common, length, union, without
 from engine.profiling.shares import END, PREFIX, read
-from engine.profiling.tally import Tally
+from engine.profiling.tally import Cost, Tally
 from tests.forked import train
 from tests.runs import QUICK, differences, final_state, run_folder, toy
 
@@ -33,6 +33,16 @@ def test_a_convolution_and_both_its_gradients_are_counted():
     (back,) = (c for (name, _), c in tally.costs.items() if name == "aten::convolution_backward")
     assert forward.flops == back.flops == once
     assert forward.bytes == 4 * (x.numel() + w.numel() + 2 * 5 * 4 * 4)
+
+
+def test_calls_alike_in_shapes_that_cost_differently_count_by_their_mean():
+    x, w = (torch.randn(s, requires_grad=True) for s in ((2, 3, 8, 8), (5, 3, 4, 4)))
+    with Tally() as tally:
+        F.conv2d(x, w, stride=2, padding=1).sum().backward()
+        F.conv2d(x, w.detach(), stride=2, padding=1).sum().backward()  # no gradient of the weight
+    once = 2 * 2 * 4 * 4 * 5 * 3 * 4 * 4
+    (back,) = (c for (name, _), c in tally.costs.items() if name == "aten::convolution_backward")
+    assert back.flops == (2 * once + once) / 2
 
 
 def test_bytes_are_those_read_and_written():
@@ -81,6 +91,19 @@ def test_shares_of_a_host_that_computes():
     wanted = {"compute": 38 + 4, "communication": 10, "gaps": 2 + 10, "data": 10, "host": 6}
     for part, micros in wanted.items():
         assert getattr(found.shares, part) == pytest.approx(micros / 80), part
+
+
+def test_what_pictures_and_checkpoints_compute_is_in_no_row():
+    def product(begin: float, end: float) -> Event:
+        event = Event("aten::mm", begin, end)
+        event.input_shapes = [[4, 4], [4, 4]]
+        return event
+
+    marks = phases(*[(m.name.removeprefix(PREFIX), m.time_range.start) for m in MARKS[:-1]],
+                   ("data", 100), ("step", 110), (END, 140))  # fmt: skip
+    costs = {("aten::mm", ((4, 4), (4, 4))): Cost(128, 192, torch.float32)}
+    (row,) = read([*marks, product(12, 30), product(82, 99), product(111, 113)], costs, False).rows
+    assert (row.calls, row.seconds) == (1, pytest.approx(10e-6))
 
 
 def test_shares_of_a_gpu_that_works_behind_its_host():

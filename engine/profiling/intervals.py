@@ -1,5 +1,7 @@
 """Arithmetic of spans of time: sorted lists of (begin, end) that do not overlap."""
 
+from bisect import bisect_right
+
 Spans = list[tuple[float, float]]
 
 
@@ -40,3 +42,9 @@ def without(a: Spans, b: Spans) -> Spans:
 def length(spans: Spans) -> float:
     """Of all together."""
     return sum(end - begin for begin, end in spans)
+
+
+def holds(spans: Spans, moment: float) -> bool:
+    """Whether a moment lies in one of them."""
+    place = bisect_right(spans, (moment, float("inf")))
+    return place > 0 and moment < spans[place - 1][1]

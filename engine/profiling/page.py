@@ -9,6 +9,7 @@ from engine.profiling import peaks
 from engine.profiling.shares import Found, Row, Shares
 from engine.run import device_name
 from engine.session import Session
+from engine.sharing import compile_obstacle
 
 MOST = 15  # rows
 MEANINGS = {
@@ -33,7 +34,8 @@ def write(found: Found, session: Session, pipeline: str, name: str) -> str:
         f"{found.iterations} iterations of {session.clock.batch} images, "
         f"{1000 * found.seconds:,.2f} ms each ({speed:,.0f} images/s with the profiler's own cost);"
         f" {device_name(device).strip()}, {ranks} rank(s), {player.precision.name}, compile "
-        f"{'on' if player.compiler.active else 'off'}, pipeline {pipeline}.",
+        f"{'on' if player.compiler.active else 'off'}, pipeline {pipeline}."
+        + _incomplete(found, session.recipe.step.period()),
         "",
         "## Where the time goes",
         "",
@@ -47,6 +49,12 @@ def write(found: Found, session: Session, pipeline: str, name: str) -> str:
     lines += [_floor(found, rates, copied), "", "## Advice", ""]
     lines += [f"- {text}" for text in advice(found, session, pipeline, rates, copied)]
     return "\n".join(lines) + "\n"
+
+
+def _incomplete(found: Found, period: int) -> str:
+    if found.iterations % period == 0:
+        return ""
+    return f" The run ended within the {period} iterations after which its updates repeat."
 
 
 def in_a_line(shares: Shares) -> str:
@@ -111,15 +119,15 @@ def advice(found: Found, session: Session, pipeline: str, rates: Rates, copied: 
         )
         told.append((shares.data, f"data takes {shares.data:.0%}: {other} makes batches faster"))
     if shares.gaps > 0.2:
-        remedy = "a larger --data.batch"
-        if not player.compiler.active:
-            remedy = f"--compile required, or {remedy}"
-        told.append((shares.gaps, f"launch gaps take {shares.gaps:.0%}: {remedy}"))
+        remedies = ["a larger --data.batch"]
+        if not player.compiler.active and not compile_obstacle(session.recipe, ranks):
+            remedies.insert(0, "--compile required")
+        if device.type == "cuda" and session.recipe.graph == "off":
+            remedies.insert(0, "--graph on")
+        told.append((shares.gaps, f"launch gaps take {shares.gaps:.0%}: {', or '.join(remedies)}"))
     if shares.communication > 0.1:
-        text = "a larger --data.batch, or --accumulate, exchanges less often"
-        told.append(
-            (shares.communication, f"communication takes {shares.communication:.0%}: {text}")
-        )
+        text = f"communication takes {shares.communication:.0%}: a larger --data.batch exchanges"
+        told.append((shares.communication, f"{text} less often"))
     if shares.host > 0.1:
         told.append((shares.host, f"the host takes {shares.host:.0%}: a larger --log-every"))
     if player.precision.name == "fp32" and has_bf16(device)[0]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.autograd import DeviceType
 
-from engine.profiling.intervals import Spans, common, length, union, without
+from engine.profiling.intervals import Spans, common, holds, length, union, without
 from engine.profiling.tally import Cost, Key
 from engine.watchdog import DATA, OUTPUTS, SAVING, STATISTICS
 
@@ -132,9 +132,8 @@ def _rows(
 ) -> list[Row]:
     """Each operation of known cost with all below it; what is left by its own name."""
     calls, seconds = defaultdict(int), defaultdict(float)
-    begin, end = whole[0][0], whole[-1][1]
     for event in events:
-        if event.device_type != DeviceType.CPU or not begin <= event.time_range.start < end:
+        if event.device_type != DeviceType.CPU or not holds(whole, event.time_range.start):
             continue
         key = _key(event)
         if any(_key(parent) in costs for parent in _parents(event)):

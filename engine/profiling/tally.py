@@ -22,20 +22,26 @@ Key = tuple[str, tuple[tuple[int, ...], ...]]
 class Cost:
     """Of one call."""
 
-    flops: int
+    flops: float
     """2 per multiply-add."""
-    bytes: int
+    bytes: float
     """Of what it reads and writes, each tensor once; 0 for a view."""
     dtype: torch.dtype
     """Of its first tensor."""
 
 
 class Tally(TorchDispatchMode):
-    """The cost of every operation called below it."""
+    """The cost of every operation called below it; of those that are alike in name and shapes, and
+    differ in strides or in which gradients are wanted, the mean."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.costs: dict[Key, Cost] = {}
+        self._calls: dict[Key, list[Cost]] = {}
+
+    @property
+    def costs(self) -> dict[Key, Cost]:
+        """Of one call each."""
+        return {key: _mean(calls) for key, calls in self._calls.items()}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -51,12 +57,17 @@ class Tally(TorchDispatchMode):
         if given:
             name = func._schema.name
             key = name, tuple(tuple(t.shape) for t in given if t.ndim)
-            if key not in self.costs:
-                counter = flop_registry.get(func._overloadpacket)
-                flops = counter(*args, **kwargs, out_val=out) if counter else 0
-                moved = _moved(func, given, list(tensors(out)), args, kwargs)
-                self.costs[key] = Cost(flops, moved, given[0].dtype)
+            counter = flop_registry.get(func._overloadpacket)
+            flops = counter(*args, **kwargs, out_val=out) if counter else 0
+            moved = _moved(func, given, list(tensors(out)), args, kwargs)
+            self._calls.setdefault(key, []).append(Cost(flops, moved, given[0].dtype))
         return out
+
+
+def _mean(calls: list[Cost]) -> Cost:
+    count = len(calls)
+    flops, moved = sum(c.flops for c in calls) / count, sum(c.bytes for c in calls) / count
+    return Cost(flops, moved, calls[0].dtype)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
