@@ -164,25 +164,6 @@ def graphs() -> tuple[int, int]:
     return seen["fxgraph_cache_miss"], seen["fxgraph_cache_hit"]
 
 
-def save_artifact(path: Path) -> int:
-    """Write all that this process compiled, or took from the cache, as one file for other machines
-    of this kind; its size in bytes, 0 where there was nothing. Raises OSError."""
-    found = torch.compiler.save_cache_artifacts()
-    if found is None:
-        return 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(found[0])
-    part.replace(path)
-    return len(found[0])
-
-
-def load_artifact(path: Path) -> bool:
-    """Put what `save_artifact` wrote into this machine's cache; whether there was anything for it.
-    It is code, and runs: load only what you trust. Raises OSError."""
-    return torch.compiler.load_cache_artifacts(path.read_bytes()) is not None
-
-
 def _attempt(iteration: Callable[[], Any]) -> str:
     from torch._dynamo.exc import TorchDynamoException
 

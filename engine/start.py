@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import torch
 
 from engine import checkpoint, probe, resolution, run, session, sharing, world
-from engine.compile import Compiler, graphs, load_artifact, rehearse
+from engine.artifact import ArtifactError, load_artifact
+from engine.compile import Compiler, graphs, rehearse
 from engine.describe import Cost
 from engine.display import Display
 from engine.iteration import CudaGraph, Iteration, choose_graph, own_stream
@@ -156,7 +157,7 @@ def _prepare(
     precision, compiler = resolution.resolve(shared, ranks, flops, before)
     measure = partial(probe.settings, shared, ranks, precision, len(dataset.classes), flops)
     found = _agree(
-        ranks, lambda: _known(folder, before, ranks) if before else measure(display.line)
+        ranks, lambda: _known(folder, before, ranks, display) if before else measure(display.line)
     )
     shared = probe.applied(shared, found)
     captured = choose_graph(recipe, ranks.device, command.profile)
@@ -186,14 +187,18 @@ def _prepare(
     if recipe.metrics.every_kimg and live.clock.images < total:
         t.metrics = Schedule(live, folder, display.line)  # may refuse: before anything is written
         exits.callback(t.metrics.close)
+    if found and not before and ranks.rank == 0:
+        probe.write(folder, found)
     _agree(ranks, lambda: _open_outputs(t, recipe, dataset, None if before else resolved, resumed))
     if ranks.world_size > 1 and recipe.hang_after and live.clock.images < total:
         watchdog = Watchdog(folder, ranks, live.clock, recipe.hang_after)
         exits.callback(watchdog.start().close)
     if live.clock.images < total:
-        found += _compile(t, compiler, command, found, bool(before))
-        if found and not before and ranks.rank == 0:
-            probe.write(folder, found)
+        known = any(c.what.startswith(probe.COMPILE) for c in found)
+        begins = live.clock.images == 0 and not known  # also after a kill while it compiled
+        made = _compile(t, compiler, command, found, begins)
+        if made and ranks.rank == 0:
+            probe.write(folder, found + made)
     if command.profile and ranks.rank == 0 and live.clock.images < total:
         t.profiler = Profiler(live, folder / "profile", name, pipeline.name, display.line)
         exits.callback(t.profiler.close)
@@ -274,11 +279,18 @@ def _facts(name: str, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _known(folder: Path, before: dict[str, Any], ranks: Ranks) -> list[probe.Choice]:
+def _known(
+    folder: Path, before: dict[str, Any], ranks: Ranks, display: Display
+) -> list[probe.Choice]:
     """What was measured when the run began, if that was on such a device. Micro-batches are those
     of so many ranks."""
-    here = before["resolved"]["device_type"] == ranks.device.type
-    return [c for c in probe.read(folder) if c.what != probe.PARTS] if here else []
+    if before["resolved"]["device_type"] != ranks.device.type:
+        return []
+    try:
+        return [c for c in probe.read(folder) if c.what != probe.PARTS]
+    except ValueError as error:
+        display.warn(f"{error}: the usual ways from here on, whose rounding may be another")
+        return []
 
 
 def _resume(
@@ -318,10 +330,12 @@ def _newest(checkpoints: Path, display: Display) -> Path | None:
 
 
 def _compile(
-    t: Training, compiler: Compiler, command: Command, found: list[probe.Choice], begun: bool
+    t: Training, compiler: Compiler, command: Command, found: list[probe.Choice], begins: bool
 ) -> list[probe.Choice]:
     """Compile what is to be; a run that begins measures whether that was well done."""
     if not compiler.active:
+        if command.compile_artifact:
+            t.display.warn(f"--compile-artifact: nothing is compiled ({compiler.reason})")
         return []
     if command.compile_artifact:
         take_artifact(command.compile_artifact, t.display)
@@ -330,7 +344,7 @@ def _compile(
     batch = t.pipeline.batch(t.session.clock)
     compile_all(t.session, batch, t.display.line)
     recipe = t.session.recipe
-    if begun or not compiler.active or (recipe.compile, recipe.probe) != ("auto", "auto"):
+    if not begins or not compiler.active or (recipe.compile, recipe.probe) != ("auto", "auto"):
         return []
     choices = probe.compilation(t.session, compiler, batch)
     for made in choices:
@@ -341,12 +355,11 @@ def _compile(
 def take_artifact(path: Path, display: Display) -> None:
     """Have what is compiled found in a file of `launch.doctor --warm`."""
     try:
-        taken = load_artifact(path)
+        load_artifact(path)
     except OSError as error:
         display.warn(f"--compile-artifact {path}: {error.strerror}; compiling instead")
-        return
-    if not taken:
-        display.warn(f"--compile-artifact {path} holds nothing for this version; compiling instead")
+    except ArtifactError as error:
+        display.warn(f"--compile-artifact {path} {error}; compiling instead")
 
 
 def compile_all(live: Session, batch: Batch, say: Callable[[str], None]) -> None:

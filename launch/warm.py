@@ -8,7 +8,8 @@ from rich.console import Console
 
 from engine import describe, micro_batch, resolution, session, world
 from engine import recipe as recipes
-from engine.compile import CompileError, save_artifact
+from engine.artifact import save_artifact
+from engine.compile import CompileError
 from engine.run import RunError
 from engine.settings import Recipe
 from engine.start import compile_all, examine
@@ -25,6 +26,8 @@ def main(arguments: list[str]) -> int:
     command = recipes.parse(arguments[0], arguments[1:])
     if command.recipe.compile == "off":
         raise ValueError("--compile off leaves nothing to compile ahead: leave it out")
+    if command.compile_artifact and command.compile_artifact.is_dir():
+        raise ValueError(f"--compile-artifact {command.compile_artifact} is a folder: name a file")
     try:
         recipe, device, dataset = examine(command.recipe)
         with ExitStack() as exits:

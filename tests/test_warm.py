@@ -1,6 +1,8 @@
 """`launch.doctor --warm`: what it compiles is what training needs, also on another machine."""
 
 import re
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,13 @@ def test_training_finds_all_of_it_in_the_artifact(name, tmp_path, monkeypatch, c
     there = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "there")}
     output = train(name, *flags, *more, **there)
     assert re.search(COUNTED, output).groups() == ("0", str(new)), output
+    libraries = {
+        where: {path.name for path in (tmp_path / where).glob("*/*.so")}
+        for where in ("here", "there")
+    }
+    with zipfile.ZipFile(tmp_path / "code") as file:
+        taken = {Path(entry).name for entry in file.namelist()}
+    assert libraries["there"] <= libraries["here"] <= taken  # nothing but what was taken
     stats = (run_folder(tmp_path / "runs", name) / "stats.jsonl").read_text()
     assert re.search(r'"first step", "text": "[\d.]+ s after the start"', stats)
 
@@ -39,7 +48,7 @@ def test_an_artifact_that_is_none_is_told_and_training_goes_on(tmp_path):
     (tmp_path / "code").write_bytes(b"no artifact")
     take_artifact(tmp_path / "code", display)
     take_artifact(tmp_path / "none", display)
-    assert f"--compile-artifact {tmp_path / 'code'} holds nothing for this version" in said[0]
+    assert f"--compile-artifact {tmp_path / 'code'} is damaged, or no such artifact" in said[0]
     assert "No such file" in said[1] and all("compiling instead" in line for line in said)
 
 
