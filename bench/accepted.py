@@ -32,6 +32,9 @@ def read(path: Path) -> Results:
     try:
         content = json.loads(path.read_text())
         where, when = content["machine_info"]["saddle"], content["datetime"]
+        missing = {"device", "bf16", "torch", "commit"} - where.keys()
+        if missing:
+            raise KeyError(min(missing))
         found = {
             (bench["name"], figure["variant"]): Beside(**figure)
             for bench in content["benchmarks"]
@@ -39,7 +42,7 @@ def read(path: Path) -> Results:
         }
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} holds no results of benches ({error!r}): "
             f"pytest bench/ --benchmark-only --benchmark-json FILE writes them"

@@ -114,6 +114,8 @@ def checked(command: Command) -> Recipe:
         raise ValueError("--seeds wants different numbers, none of them negative")
     if not (command.kimg > 0 and command.every_kimg > 0) or command.workers < 0:
         raise ValueError("--kimg and --every-kimg must be positive, --workers not negative")
+    if command.target is not None and not command.target > 0:
+        raise ValueError(f"--target {command.target} must be a positive distance")
     if command.width is not None and command.width < 1:
         raise ValueError(f"--width {command.width} must be at least 1")
     if command.accept and len(command.seeds) < 3:

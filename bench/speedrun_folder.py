@@ -31,8 +31,10 @@ def opened(folder: Path, now: dict[str, Any]) -> Iterator[int]:
     runs inherit, so that one that outlives its speedrun is not overtaken. Raises ValueError for
     a folder of something else or of other settings, RunError for one in use."""
     stored = folder / "settings.json"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: name a folder")
     if stored.exists():
-        before = json.loads(stored.read_text())
+        before = _settings(stored)
         lines = [
             f"{k}: {before.get(k)} then, {v} now" for k, v in now.items() if before.get(k) != v
         ]
@@ -50,6 +52,13 @@ def opened(folder: Path, now: dict[str, Any]) -> Iterator[int]:
             raise RunError(f"{text}: wait for it, or end it") from None
         write_whole(stored, json.dumps(now, indent=1).encode())
         yield lock.fileno()
+
+
+def _settings(stored: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(stored.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{stored} is damaged: name another --out") from None
 
 
 def run_until(

@@ -273,8 +273,11 @@ def write(folder: Path, choices: list[Choice]) -> None:
 
 
 def read(folder: Path) -> list[Choice]:
-    """What was measured when the run began; nothing where nothing was, or the file is damaged."""
+    """What was measured when the run began; nothing where nothing was. Raises ValueError if the
+    file is damaged."""
     try:
         return [Choice(**entry) for entry in json.loads((folder / FILE).read_text())]
-    except (FileNotFoundError, ValueError, TypeError):
+    except FileNotFoundError:
         return []
+    except (ValueError, TypeError):
+        raise ValueError(f"{folder / FILE} is damaged") from None

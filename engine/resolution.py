@@ -11,6 +11,7 @@ from engine.probe import Choice
 from engine.session import Session
 from engine.settings import Recipe
 from engine.world import Ranks
+from kernels.convolution_module import counted
 from pipelines.datasets import Dataset
 from pipelines.open import Pipeline
 
@@ -26,6 +27,10 @@ def facts(
     """How settings were resolved here, each with its reason; found: what was measured."""
     ranks, shared = live.ranks, live.recipe
     measured = {c.what: c.said for c in found}
+    if shared.convolutions == "matmul" and "convolutions" not in measured:
+        counts = [counted(player.network) for player in live.players.values()]
+        mapped, every = (sum(both) for both in zip(*counts, strict=True))
+        measured["convolutions"] = f"matmul (as asked: {mapped} of {every} layers)"
     return {
         "device": run.device_name(ranks.device),
         "device_type": ranks.device.type,

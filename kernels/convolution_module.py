@@ -80,6 +80,12 @@ def map_convolutions(network: nn.Module, matmul: Mapping[str, Forms] | None = No
     return network
 
 
+def counted(network: nn.Module) -> tuple[int, int]:
+    """How many convolutions are matrix products in some of their maps, and of how many."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    return sum(isinstance(m, _Mapped) for m in layers), len(layers)
+
+
 def _is_a_map(layer: nn.Module) -> bool:
     pairs = (layer.kernel_size, layer.stride, layer.padding, layer.output_padding)
     if isinstance(layer.padding, str) or any(height != width for height, width in pairs):

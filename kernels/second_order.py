@@ -92,6 +92,8 @@ class _Rectify(Function):
 
     @staticmethod
     def forward(x: Tensor, slope: float, inplace: bool) -> Tensor:
+        if not slope:  # 0 times infinity is no number
+            return aten.relu_(x) if inplace else aten.relu(x)
         return aten.leaky_relu_(x, slope) if inplace else aten.leaky_relu(x, slope)
 
     @staticmethod
@@ -114,6 +116,8 @@ class _Slopes(Function):
 
     @staticmethod
     def forward(grad: Tensor, y: Tensor, slope: float) -> Tensor:
+        if not slope:
+            return aten.threshold_backward(grad, y, 0)
         return aten.leaky_relu_backward(grad, y, slope, True)
 
     @staticmethod

@@ -207,8 +207,11 @@ def test_a_run_keeps_what_was_measured_when_it_began(tmp_path, capsys):
     assert "memory format: contiguous (measured: channels_last 9 ms" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, "{", '[{"what": 1}]', "[1]"])
-def test_a_damaged_table_is_none(content, tmp_path):
-    if content:
-        (tmp_path / probe.FILE).write_text(content)
+@pytest.mark.parametrize("content", ["{", '[{"what": 1}]', "[1]"])
+def test_a_damaged_table_is_told_and_the_run_goes_on(content, tmp_path, capsys):
     assert probe.read(tmp_path) == []
+    flags = [*toy("dcgan_celeba", 8)[1], *QUICK, "--runs", str(tmp_path), "--compile", "off"]
+    assert main(["dcgan_celeba", *flags, "--steps", "1"]) == 0
+    (run_folder(tmp_path, "dcgan_celeba") / probe.FILE).write_text(content)
+    assert main(["dcgan_celeba", *flags, "--steps", "2"]) == 0
+    assert "probe.json is damaged: the usual ways" in "".join(capsys.readouterr())

@@ -138,3 +138,12 @@ def test_every_replacement_serves(monkeypatch):
     with frugal():
         F.relu(torch.ones(1)), torch.relu_(torch.ones(1)), torch.ones(1).relu_()
     assert served == set(INSTEAD)
+
+
+def test_infinities_are_as_in_the_library():
+    x = torch.tensor([-torch.inf, -1.0, 2.0, torch.inf], requires_grad=True)
+    above = torch.tensor([torch.inf, 1.0, 1.0, torch.inf])
+    with frugal():
+        y = F.relu(x)
+    (slope,) = torch.autograd.grad(y, x, above)
+    assert y.tolist() == [0, 0, 2, torch.inf] and slope.tolist() == [0, 0, 1, torch.inf]

@@ -140,6 +140,7 @@ class ProjectionDiscriminator(Network):
     """Sizes of DCGAN's discriminator without BatchNorm, with a projection of the class; its maps
     end at 4 to 7 pixels. For use with --discriminator.spectral-norm."""
 
+    alone: ClassVar[bool] = True
     classes: int = 10
     """Classes of the dataset."""
     width: int = 64

@@ -11,6 +11,7 @@ Shapes: N batch, C channels, H height, W width, L latent, Q places that ask, K p
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -151,6 +152,7 @@ class Generator(Network):
 class Discriminator(Network):
     """Sizes of the discriminator."""
 
+    alone: ClassVar[bool] = True
     classes: int = 0
     """Classes of the dataset; 0 gives it none."""
     width: int = 64
