@@ -1,17 +1,18 @@
 """What was compiled, as one file that other machines of this kind take: `--compile-artifact`.
 
 A zip of PyTorch's own cache artifacts, which have a CPU's loops as source alone, and of the
-libraries that were built from that.
+libraries that were built from that, for machines of the same instructions and versions.
 """
 
 import os
+import platform
 import re
 import zipfile
 from pathlib import Path
 
 import torch
 
-GRAPHS, BUILT = "graphs", "built/"
+GRAPHS, MACHINE, BUILT = "graphs", "machine", "built/"
 
 
 class ArtifactError(ValueError):
@@ -29,6 +30,7 @@ def save_artifact(path: Path) -> int:
     try:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr(GRAPHS, found[0])
+            file.writestr(MACHINE, _machine())
             for library in _built(_cache()):
                 file.write(library, BUILT + str(library.relative_to(_cache())))
         part.replace(path)
@@ -44,9 +46,10 @@ def load_artifact(path: Path) -> None:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise zipfile.BadZipFile
-            for name in file.namelist():
-                if name.startswith(BUILT) and ".." not in name:
-                    _put(_cache() / name.removeprefix(BUILT), file.read(name))
+            if file.read(MACHINE).decode() == _machine():
+                for name in file.namelist():
+                    if name.startswith(BUILT) and ".." not in name:
+                        _put(_cache() / name.removeprefix(BUILT), file.read(name))
             taken = torch.compiler.load_cache_artifacts(file.read(GRAPHS))
     except (zipfile.BadZipFile, KeyError, EOFError):
         raise ArtifactError("is damaged, or no such artifact") from None
@@ -57,6 +60,13 @@ def load_artifact(path: Path) -> None:
 def _cache() -> Path:
     """The folder of compiled code (`engine.compile.keep_compiled`)."""
     return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).absolute()
+
+
+def _machine() -> str:
+    """What a library is built for: processor's instructions, Python, PyTorch."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    lines = re.findall(r"(?m)^(?:flags|Features)\s*:.*$", told)[:1]
+    return "\n".join([platform.machine(), *lines, platform.python_version(), torch.__version__])
 
 
 def _built(folder: Path) -> list[Path]:

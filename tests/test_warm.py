@@ -5,7 +5,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine import artifact
 from engine.display import Display
 from engine.start import take_artifact
 from launch.doctor import main
@@ -39,6 +41,23 @@ def test_training_finds_all_of_it_in_the_artifact(name, tmp_path, monkeypatch, c
     assert libraries["there"] <= libraries["here"] <= taken  # nothing but what was taken
     stats = (run_folder(tmp_path / "runs", name) / "stats.jsonl").read_text()
     assert re.search(r'"first step", "text": "[\d.]+ s after the start"', stats)
+
+
+@pytest.mark.parametrize("machine", ["this", "another"])
+def test_libraries_are_taken_on_machines_of_the_same_instructions_alone(
+    machine, tmp_path, monkeypatch
+):
+    code = tmp_path / "code"
+    with zipfile.ZipFile(code, "w") as file:
+        file.writestr("machine", artifact._machine() if machine == "this" else "avx1024")
+        file.writestr("built/ab/cab.main.so", b"a library")
+        file.writestr("built/../outside.so", b"not there")
+        file.writestr("graphs", b"")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "there"))
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda content: ())
+    artifact.load_artifact(code)
+    assert (tmp_path / "there" / "ab" / "cab.main.so").exists() == (machine == "this")
+    assert not list(tmp_path.glob("**/outside.so"))
 
 
 def test_an_artifact_that_is_none_is_told_and_training_goes_on(tmp_path):
