@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-GRAPHS, MACHINE, BUILT = "graphs", "machine", "built/"
+GRAPHS, MACHINE, THREADS, BUILT = "graphs", "machine", "threads", "built/"
 
 
 class ArtifactError(ValueError):
@@ -31,6 +31,7 @@ def save_artifact(path: Path) -> int:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr(GRAPHS, found[0])
             file.writestr(MACHINE, _machine())
+            file.writestr(THREADS, str(torch.get_num_threads()))
             for library in _built(_cache()):
                 file.write(library, BUILT + str(library.relative_to(_cache())))
         part.replace(path)
@@ -39,13 +40,19 @@ def save_artifact(path: Path) -> int:
     return path.stat().st_size
 
 
-def load_artifact(path: Path) -> None:
-    """Put what `save_artifact` wrote into this machine's cache. It is code, and runs: load only
-    what you trust. Raises OSError, or ArtifactError."""
+def load_artifact(path: Path, device: torch.device) -> None:
+    """Put what `save_artifact` wrote into this machine's cache, for training on this device. It is
+    code, and runs: load only what you trust. Raises OSError, or ArtifactError."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise zipfile.BadZipFile
+            threads, here = int(file.read(THREADS)), torch.get_num_threads()
+            if device.type == "cpu" and threads != here:
+                raise ArtifactError(
+                    f"has loops for {threads} threads in a process, which has {here} here: make it "
+                    f"with OMP_NUM_THREADS={here}, or train with {threads}"
+                )
             if file.read(MACHINE).decode() == _machine():
                 for name in file.namelist():
                     if name.startswith(BUILT) and ".." not in name:

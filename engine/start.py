@@ -338,7 +338,7 @@ def _compile(
             t.display.warn(f"--compile-artifact: nothing is compiled ({compiler.reason})")
         return []
     if command.compile_artifact:
-        take_artifact(command.compile_artifact, t.display)
+        take_artifact(command.compile_artifact, t.session.ranks.device, t.display)
     compiler.kept_eager = probe.kept_eager(found)
     t.pipeline.ready(t.session.clock)
     batch = t.pipeline.batch(t.session.clock)
@@ -352,10 +352,10 @@ def _compile(
     return choices
 
 
-def take_artifact(path: Path, display: Display) -> None:
+def take_artifact(path: Path, device: torch.device, display: Display) -> None:
     """Have what is compiled found in a file of `launch.doctor --warm`."""
     try:
-        load_artifact(path)
+        load_artifact(path, device)
     except OSError as error:
         display.warn(f"--compile-artifact {path}: {error.strerror}; compiling instead")
     except ArtifactError as error:

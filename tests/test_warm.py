@@ -14,7 +14,7 @@ from engine.display import Display
 from engine.start import take_artifact
 from launch.doctor import main
 from tests.forked import train
-from tests.runs import QUICK, run_folder, toy
+from tests.runs import QUICK, environment, run_folder, toy
 
 COUNTED = r"compiled in \d+ s: (\d+) graphs new, (\d+) from the cache"
 
@@ -27,7 +27,9 @@ def test_training_finds_all_of_it_in_the_artifact(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "here"))
     flags = [*toy(name)[1], "--precision", "fp32", "--compile-artifact", str(tmp_path / "code")]
     doctor = [sys.executable, "-m", "launch.doctor", "--warm", name, *flags]
-    said = subprocess.run(doctor, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        doctor, capture_output=True, text=True, check=True, env=environment()
+    ).stdout
     new, _ = map(int, re.search(COUNTED, said).groups())
     assert new > 0 and "wrote" in said and (tmp_path / "code").stat().st_size > 10_000
     more = [*QUICK, "--compile", "required", "--steps", "2", "--runs", str(tmp_path / "runs")]
@@ -45,19 +47,25 @@ def test_training_finds_all_of_it_in_the_artifact(name, tmp_path, monkeypatch):
     assert re.search(r'"first step", "text": "[\d.]+ s after the start"', stats)
 
 
+def written(path, machine, threads=1):
+    """An artifact as `save_artifact` writes it."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("machine", machine)
+        file.writestr("threads", str(threads))
+        file.writestr("built/ab/cab.main.so", b"a library")
+        file.writestr("built/../outside.so", b"not there")
+        file.writestr("graphs", b"")
+
+
 @pytest.mark.parametrize("machine", ["this", "another"])
 def test_libraries_are_taken_on_machines_of_the_same_instructions_alone(
     machine, tmp_path, monkeypatch
 ):
     code = tmp_path / "code"
-    with zipfile.ZipFile(code, "w") as file:
-        file.writestr("machine", artifact._machine() if machine == "this" else "avx1024")
-        file.writestr("built/ab/cab.main.so", b"a library")
-        file.writestr("built/../outside.so", b"not there")
-        file.writestr("graphs", b"")
+    written(code, artifact._machine() if machine == "this" else "avx1024")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "there"))
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda content: ())
-    artifact.load_artifact(code)
+    artifact.load_artifact(code, torch.device("cpu"))
     assert (tmp_path / "there" / "ab" / "cab.main.so").exists() == (machine == "this")
     assert not list(tmp_path.glob("**/outside.so"))
 
@@ -67,10 +75,12 @@ def test_an_artifact_that_is_none_is_told_and_training_goes_on(tmp_path):
     display = Display(1, "", quiet=True)
     display.warn = said.append
     (tmp_path / "code").write_bytes(b"no artifact")
-    take_artifact(tmp_path / "code", display)
-    take_artifact(tmp_path / "none", display)
+    written(tmp_path / "wide", artifact._machine(), threads=64)
+    for name in ("code", "none", "wide"):
+        take_artifact(tmp_path / name, torch.device("cpu"), display)
     assert f"--compile-artifact {tmp_path / 'code'} is damaged, or no such artifact" in said[0]
-    assert "No such file" in said[1] and all("compiling instead" in line for line in said)
+    assert "No such file" in said[1] and "loops for 64 threads" in said[2]
+    assert all("compiling instead" in line for line in said)
 
 
 @pytest.mark.parametrize(
