@@ -50,6 +50,7 @@ def _run(arguments: tuple[str, ...], log: str, variables: dict[str, str]) -> Non
     os.dup2(file, 2)
     os.unlink(log)
     os.chdir(ROOT)
+    os.environ.clear()  # of the fork server, which another test may have started
     os.environ.update(variables)
     sys.argv = ["engine.train", *arguments]
     import torch
@@ -61,12 +62,12 @@ def _run(arguments: tuple[str, ...], log: str, variables: dict[str, str]) -> Non
     leave(main(list(arguments)))
 
 
-def train(*arguments: str, ranks: int = 1, **extra: str) -> str:
-    """Run to the end; its output. Fails if a rank does not end well."""
+def train(*arguments: str, ranks: int = 1, code: int = 0, **extra: str) -> str:
+    """Run to the end; its output. Fails if a rank ends with another exit code."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     processes = [Run(*arguments, rank=r, ranks=ranks, port=port, **extra) for r in range(ranks)]
     codes = [process.wait() for process in processes]
     output = "".join(process.stdout.read() for process in processes)
-    assert codes == [0] * ranks, output
+    assert codes == [code] * ranks, output
     return output

@@ -19,6 +19,7 @@ import pytest
 
 from engine import checkpoint, run
 from tests.dying import Fault, command
+from tests.forked import train
 from tests.runs import (
     QUICK,
     ROOT,
@@ -28,7 +29,6 @@ from tests.runs import (
     run_folder,
     start,
     toy,
-    train,
     wait_for,
 )
 

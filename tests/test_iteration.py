@@ -24,7 +24,8 @@ from engine.world import Ranks
 from kernels import image_batch, philox
 from pipelines.datasets import find
 from pipelines.open import open_pipeline
-from tests.runs import QUICK, run_folder, toy, train
+from tests.forked import train
+from tests.runs import QUICK, run_folder, toy
 from tests.tape import Tape
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

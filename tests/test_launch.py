@@ -16,6 +16,7 @@ from engine.precision import choose_precision
 from engine.signals import StopRequest
 from launch import environment, stage
 from pipelines.settings import Data
+from tests.forked import train
 from tests.runs import (
     QUICK,
     ROOT,
@@ -24,7 +25,6 @@ from tests.runs import (
     run_folder,
     start,
     toy,
-    train,
     wait_until,
     world_size,
 )

@@ -15,7 +15,8 @@ from engine.metrics.protocol import FeatureProtocol
 from engine.metrics.schedule import Schedule
 from engine.train import main
 from tests.checkpoints import started
-from tests.runs import QUICK, differences, final_state, toy, train
+from tests.forked import train
+from tests.runs import QUICK, differences, final_state, toy
 
 SMALL = ["--metrics.generated", "300", "--metrics.real", "400"]
 NAMES = {"fid", "kid", "inception_score", "precision", "recall", "density", "coverage"}

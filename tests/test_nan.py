@@ -11,7 +11,8 @@ from engine.steps import adversarial
 from engine.stored import Loaded
 from engine.train import main
 from kernels import philox
-from tests.runs import QUICK, final_state, toy, train
+from tests.forked import train
+from tests.runs import QUICK, final_state, toy
 
 FLAGS = [*toy("dcgan_digits", 8)[1], *QUICK, "--run-name", "it", "--precision", "fp32"]
 EXPLODING = ["--discriminator.lr", "1e30"]

@@ -25,8 +25,9 @@ from kernels.batchnorm_module import BatchNormLeakyReLU, fuse
 from pipelines.batch import Batch
 from pipelines.settings import Data
 from tests import interpreted
+from tests.forked import train
 from tests.players import BATCH, FP32, RANKS
-from tests.runs import QUICK, final_state, run_folder, train
+from tests.runs import QUICK, final_state, run_folder
 
 
 class Quadratic(nn.Module):

@@ -14,7 +14,8 @@ from pipelines.open import choose
 from pipelines.settings import Data
 from pipelines.sources import ArraySet
 from tests.batches import CPU, clock_of, opened, some
-from tests.runs import QUICK, run_folder, toy, train
+from tests.forked import train
+from tests.runs import QUICK, run_folder, toy
 
 CUDA = torch.device("cuda", 0)
 

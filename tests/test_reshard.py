@@ -9,7 +9,8 @@ import torch
 from engine import checkpoint
 from engine.export.__main__ import main as export
 from engine.stored import Loaded
-from tests.runs import QUICK, differences, final_state, newest_picture, toy, train
+from tests.forked import train
+from tests.runs import QUICK, differences, final_state, newest_picture, toy
 
 BATCH, HALF, WHOLE = 8, 6, 12
 WAYS = ("ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3")

@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from engine import checkpoint
+from tests.forked import train
 from tests.images import images
 from tests.runs import (
     QUICK,
@@ -19,7 +20,6 @@ from tests.runs import (
     run_folder,
     start,
     toy,
-    train,
     wait_for,
 )
 

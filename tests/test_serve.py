@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from engine import serve
-from tests.runs import ROOT, environment, run_folder, toy, train
+from tests.forked import train
+from tests.runs import ROOT, environment, run_folder, toy
 
 PICTURES = "[...document.querySelectorAll('.picture img')].filter(i => i.offsetParent)"
 UPLOAD_MB = 0.5

@@ -14,7 +14,8 @@ from engine import track
 from engine import train as trainer
 from engine.stats import Record
 from engine.track import Trackers, check
-from tests.runs import differences, final_state, toy, train
+from tests.forked import train
+from tests.runs import differences, final_state, toy
 
 SETTINGS = {"seed": 0, "outputs.track": ("wandb",), "data.root": None}
 
