@@ -22,9 +22,9 @@ Shapes: K codes, D length of a code's vector, M vectors of this rank's part of t
 import torch
 from torch import Tensor
 
+from engine.algorithm import Values
 from engine.networks.vqvae import Codebook
 from engine.player import Player
-from engine.settings import Values
 from kernels import philox
 
 REVIVAL = 11  # noise stream

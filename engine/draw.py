@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engine import anomalies, attention, latents, pictures
+from engine.algorithm import Algorithm
 from engine.losses import gaussian_kl
 from engine.origin import Origin
 from engine.originals import originals, rows_over_rows
-from engine.settings import Algorithm
 from engine.steps.anomaly import Anomaly
 from engine.steps.autoencoder import Variational
 from engine.trained import Model, Trained

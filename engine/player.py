@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.algorithm import Values
 from engine.compile import Compiler
 from engine.ema import Average, ShardedAverage
 from engine.networks.norms import statistics_kept
 from engine.optimizer import make_optimizer
 from engine.parallel import share
 from engine.precision import Precision
-from engine.settings import Optimizer, PlayerSettings, Values
+from engine.settings import Optimizer, PlayerSettings
 from engine.world import Ranks
 from pipelines.batch import Clock
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.algorithm import Algorithm
 from engine.run import RunError
-from engine.settings import Algorithm
 from engine.tiles import padded
 from engine.trained import Trained
 from pipelines import layouts

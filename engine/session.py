@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from engine.algorithm import Networks, Values
 from engine.compile import Compiler
 from engine.networks.spectral import spectral_norm
 from engine.player import Player
 from engine.precision import Precision
 from engine.recipe import image_spec
-from engine.settings import Networks, PlayerSettings, Recipe, Values
+from engine.settings import PlayerSettings, Recipe
 from engine.sharing import choose_sync_bn
 from engine.world import Ranks
 from kernels import dispatch, philox

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine import pictures, report
+from engine.algorithm import Algorithm
 from engine.latents import between_pairs
 from engine.metrics.held_out import HeldOut
 from engine.monitors import pairwise_distance
@@ -17,7 +18,6 @@ from engine.networks.conditional import with_classes
 from engine.origin import Origin
 from engine.originals import UNUSABLE, held_out_batch, originals, rows_over_rows
 from engine.session import Session
-from engine.settings import Algorithm
 from engine.world import Ranks
 from kernels import philox
 from pipelines.batch import Batch

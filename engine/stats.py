@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.settings import Values
+from engine.algorithm import Values
 from engine.track import Trackers
 from engine.world import Ranks
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.settings import Algorithm
+from engine.algorithm import Algorithm
 from engine.trained import Trained
 
 Make = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [-1, 1] of images

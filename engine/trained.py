@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint
+from engine.algorithm import Networks
 from engine.networks.conditional import with_classes
 from engine.origin import Origin
 from engine.run import RunError, read_recipe
 from engine.session import build_networks
-from engine.settings import Networks, Recipe
+from engine.settings import Recipe
 from engine.stored import CheckpointError, Loaded
 from engine.translation import Direction, Translation
 from engine.world import choose_device

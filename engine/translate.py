@@ -26,11 +26,11 @@ import tyro
 from torch import Tensor
 
 from engine import pictures, stylise
+from engine.algorithm import Algorithm
 from engine.checkpoint import CheckpointError
 from engine.exported import ONE_CHECKPOINT, check_flags, is_export, open_export
 from engine.repair import Unsuitable, check_mask, masks_of, repaired
 from engine.run import RunError
-from engine.settings import Algorithm
 from engine.tiles import check_side, in_tiles, padded, padded_side
 from engine.trained import Model, Trained, open_run
 from engine.translation import DIRECTIONS, Direction, Translation

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engine.algorithm import Values
 from engine.describe import FlopCount, example_batch, few_images, without_data
 from engine.player import Made, Player
 from engine.session import Session
-from engine.settings import Recipe, Values
+from engine.settings import Recipe
 
 FLAG = 4  # bytes: StopRequest's float, agreed on the host in each iteration
 FLOAT = 4  # gradients and moments are float32, whatever the precision

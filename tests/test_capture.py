@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import session
+from engine.algorithm import Algorithm
 from engine.compile import Compiler
 from engine.describe import META, cost, example_batch
 from engine.networks import dcgan, vae
 from engine.player import Player
 from engine.precision import Precision
 from engine.session import Session
-from engine.settings import Adam, Algorithm, Length, PlayerSettings, Recipe
+from engine.settings import Adam, Length, PlayerSettings, Recipe
 from engine.stats import Stats
 from engine.steps.adversarial import Adversarial
 from engine.steps.autoencoder import Variational

@@ -9,12 +9,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from engine import recipe as recipes
+from engine.algorithm import Algorithm
 from engine.compile import Compiler
 from engine.footprint import activation_bytes, state_bytes
 from engine.networks.spec import Network
 from engine.precision import Precision
 from engine.session import start
-from engine.settings import Algorithm, PlayerSettings, Recipe
+from engine.settings import PlayerSettings, Recipe
 from engine.world import Ranks
 from pipelines.batch import Batch
 from pipelines.settings import Data

@@ -5,10 +5,11 @@ import torch
 
 import kernels
 from engine import session
+from engine.algorithm import Algorithm
 from engine.compile import Compiler
 from engine.networks import dcgan, vae
 from engine.session import Session
-from engine.settings import Adam, Algorithm, Length, PlayerSettings, Recipe
+from engine.settings import Adam, Length, PlayerSettings, Recipe
 from engine.steps.adversarial import Adversarial
 from engine.steps.autoencoder import Variational
 from engine.train import main

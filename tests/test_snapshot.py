@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.algorithm import Algorithm
 from engine.networks import vae
 from engine.session import Session
-from engine.settings import Algorithm, PlayerSettings
+from engine.settings import PlayerSettings
 from engine.snapshot import Snapshots
 from engine.steps.adversarial import Adversarial
 from engine.steps.autoencoder import Variational

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from engine import recipe
+from engine.algorithm import Algorithm
 from engine.networks.spec import Network
-from engine.settings import Algorithm
 from engine.trained import Trained
 from engine.translation import Direction, Translation
 

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.algorithm import Networks
 from engine.metrics.classifier import VERSION, WIDTHS, Classifier, accuracy, fit
 from engine.metrics.evaluator import Evaluation
 from engine.metrics.images import decode, quantised
 from engine.metrics.protocol import AugmentationProtocol
 from engine.networks.conditional import with_classes
-from engine.settings import Networks, Recipe
+from engine.settings import Recipe
 from kernels import philox
 from pipelines.datasets import Dataset, NoSplit, find
 from pipelines.order import Balanced

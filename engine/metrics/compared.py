@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.algorithm import Networks
 from engine.metrics.evaluator import Evaluation, as_on_rank_0
 from engine.metrics.held_out import HeldOut
 from engine.metrics.protocol import HELD_OUT_IMAGES, Protocol
-from engine.settings import Networks, Recipe
+from engine.settings import Recipe
 from engine.world import Ranks
 
 

@@ -16,13 +16,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from engine.algorithm import Networks
 from engine.metrics.distances import figures
 from engine.metrics.extractor import Extractor, open_extractor
 from engine.metrics.held_out import HeldOut
 from engine.metrics.images import decode, quantised
 from engine.metrics.protocol import FeatureProtocol, Protocol
 from engine.metrics.statistics import Accumulator, FeatureSet
-from engine.settings import Metrics, Networks, Recipe
+from engine.settings import Metrics, Recipe
 from engine.world import Ranks
 from kernels import philox
 from pipelines.datasets import Dataset, NoSplit, find

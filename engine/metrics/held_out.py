@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.metrics.images import quantised
 from engine.metrics.pairs import Pairs
 from engine.metrics.protocol import HELD_OUT_IMAGES as IMAGES
-from engine.settings import Algorithm, Networks, Recipe, Values
+from engine.settings import Recipe
 from engine.world import Ranks
 from kernels import philox
 from pipelines.batch import Batch, Clock

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+from engine.algorithm import Algorithm
 from engine.metrics.compared import ComparedEvaluator
 from engine.metrics.evaluator import Evaluator
 from engine.metrics.translation import TranslationEvaluator
-from engine.settings import Algorithm, Recipe
+from engine.settings import Recipe
 from engine.world import Ranks
 
 Measuring = Evaluator | TranslationEvaluator | ComparedEvaluator

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.algorithm import Algorithm, Networks
 from engine.metrics.evaluator import Evaluation
 from engine.metrics.images import quantised
 from engine.metrics.pairs import PSNR_CAP, SSIM_WINDOW
 from engine.metrics.protocol import Protocol
-from engine.settings import Algorithm, Networks, Recipe
+from engine.settings import Recipe
 from engine.steps.super_resolution import bicubic
 from engine.tiles import in_tiles
 from engine.world import Ranks

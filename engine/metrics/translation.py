@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from engine.algorithm import Networks
 from engine.metrics.distances import kernel_distance
 from engine.metrics.evaluator import (
     BATCH,
@@ -30,7 +31,7 @@ from engine.metrics.held_out import HeldOut
 from engine.metrics.images import decode, quantised
 from engine.metrics.protocol import Protocol
 from engine.metrics.statistics import Accumulator, FeatureSet
-from engine.settings import Networks, Recipe
+from engine.settings import Recipe
 from engine.translation import DIRECTIONS, Direction
 from engine.world import Ranks
 from pipelines.datasets import Dataset

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.augment import Kind, augment
 from engine.compile import second_order
 from engine.losses import ADVERSARIES
@@ -26,7 +27,7 @@ from engine.networks.conditional import ByClass, Choosing
 from engine.networks.spec import Network
 from engine.penalties import gradient_penalty, r1_penalty
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from kernels import philox
 from pipelines.batch import Batch
 

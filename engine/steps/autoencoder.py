@@ -16,11 +16,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.losses import bernoulli_nll, gaussian_nll, sample_and_kl
 from engine.networks.spec import Network
 from engine.networks.vae import Decoder, Sampler
 from engine.player import Player
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from kernels import philox
 from pipelines.batch import Batch
 

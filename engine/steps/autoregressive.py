@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.losses import bernoulli_nll
 from engine.networks.pixelrnn import Drawing, Sampler
 from engine.networks.spec import Network
 from engine.player import Player
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from kernels import philox
 from pipelines.batch import Batch
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.losses import least_squares_discriminator_loss, least_squares_generator_loss
 from engine.networks.cyclegan import Translator
 from engine.player import Player, frozen
 from engine.pool import exchanged
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from engine.translation import DIRECTIONS, Direction, Translation
 from pipelines.batch import Batch
 from pipelines.settings import UNPAIRED, Data

@@ -38,13 +38,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.compile import second_order
 from engine.metrics.clusters import clustering
 from engine.networks.conditional import ByClass, Choosing
 from engine.networks.norms import statistics_kept
 from engine.networks.spec import Network
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from kernels import philox
 from kernels.dispatch import wide
 from pipelines.batch import Batch

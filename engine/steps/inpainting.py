@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import masks
+from engine.algorithm import Algorithm, Networks, Values
 from engine.losses import critic_generator_loss, hinge_discriminator_loss
 from engine.networks.inpaint import MULTIPLE
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from engine.steps.adversarial import opinions
 from engine.translation import Translation
 from kernels import philox

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import damsm
+from engine.algorithm import Algorithm, Networks, Values
 from engine.anomalies import in_colours, spread
 from engine.damsm import Features, Sharpness
 from engine.everyone import FLOAT, gathered
 from engine.networks.damsm import Encoders, read_inception
 from engine.player import Player
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from engine.world import Ranks
 from kernels import philox
 from kernels.dispatch import wide

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.losses import ADVERSARIES
 from engine.networks.pix2pix import Settled, Translator
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from engine.steps.adversarial import Loss
 from engine.translation import Direction, Translation
 from kernels import philox

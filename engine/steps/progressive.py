@@ -25,13 +25,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.compile import second_order
 from engine.losses import critic_generator_loss, wasserstein_critic_loss
 from engine.networks.progan import STEPS, Grown, GrownGenerator, faded, levels, untouched
 from engine.networks.spec import Network
 from engine.penalties import gradient_penalty
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from kernels import philox
 from pipelines.batch import Batch, Clock
 from pipelines.settings import Data

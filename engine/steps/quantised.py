@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.codebook import follow, perplexity
 from engine.player import Player
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from pipelines.batch import Batch
 from pipelines.settings import Data
 

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.networks.adain import VGG_WIDTH, adain, statistics
 from engine.networks.vgg import read_state
 from engine.player import Player
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from engine.translation import Translation
 from pipelines.batch import Batch
 from pipelines.settings import UNPAIRED, Data

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.algorithm import Algorithm, Networks, Values
 from engine.losses import discriminator_loss, nonsaturating_loss
 from engine.networks.spec import Network
 from engine.networks.srgan import doublings
 from engine.networks.vgg import LEAST, read_vgg
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from engine.steps.adversarial import opinions
 from engine.translation import Direction, Translation
 from pipelines.batch import Batch

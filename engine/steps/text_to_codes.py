@@ -25,10 +25,11 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.algorithm import Networks, Values
 from engine.codebook import perplexity
 from engine.networks.vqvae import Autoencoder
 from engine.player import Player
-from engine.settings import Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from engine.steps.quantised import Quantised
 from engine.trained import Trained, open_run
 from engine.verb import warn

@@ -33,11 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import damsm
+from engine.algorithm import Algorithm, Networks, Values
 from engine.encoders import open_damsm
 from engine.everyone import FLOAT, next_of_all
 from engine.losses import nonsaturating_loss, sample_and_kl
 from engine.player import Player, frozen
-from engine.settings import Algorithm, Networks, PlayerSettings, Values
+from engine.settings import PlayerSettings
 from engine.steps.matching import (
     exchanged,
     given,
