@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from engine.recipe import (
     to_values,
 )
 from engine.settings import Recipe
+from engine.world import Ranks
+from pipelines.images import BadImage
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "tyro", "triton")
 
@@ -174,3 +176,21 @@ def locked(folder: Path) -> Iterator[bool]:
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield True
+
+
+def agree(ranks: Ranks, check_on_rank_0: Callable[[], Any]) -> Any:
+    """Rank 0's result, or its ValueError, RunError or BadImage, on every rank; what the disk
+    refuses is a RunError."""
+    answer: tuple[Any, Exception | None] = (None, None)
+    if ranks.rank == 0:
+        try:
+            answer = (check_on_rank_0(), None)
+        except (ValueError, RunError, BadImage) as error:
+            answer = (None, error)
+        except OSError as error:
+            text = f"cannot write the run folder ({error}); --runs names another place"
+            answer = (None, RunError(text))
+    result, error = ranks.share(answer)
+    if error:
+        raise error
+    return result

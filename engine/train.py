@@ -13,23 +13,16 @@ import sys
 import time
 from dataclasses import replace
 
-import torch
-from rich.console import Console
-
-from engine import checkpoint, describe, progress, sharing, watchdog
+from engine import checkpoint, describe, progress, watchdog
 from engine import recipe as recipes
-from engine.compile import CompileError, choose_compile
+from engine.compile import CompileError
+from engine.dry_run import dry_run
 from engine.failure import NonFinite, roll_back, write_evidence
-from engine.iteration import choose_graph
-from engine.precision import choose_precision
-from engine.run import RunError, device_name
-from engine.settings import Metrics
+from engine.run import RunError
 from engine.start import Training, begin, examine, fail
-from engine.world import environment, leave
-from kernels import dispatch
-from pipelines.datasets import BadImage, Dataset, DatasetMissing
+from engine.world import leave
+from pipelines.datasets import BadImage, DatasetMissing
 from pipelines.images import with_remedy
-from pipelines.open import choose
 from pipelines.pack import CacheUnusable
 
 FAILURES = (
@@ -113,49 +106,6 @@ def run_command(command: recipes.Command, name: str) -> int:
                 print(f"error: {with_remedy(error)}", file=sys.stderr, flush=True)
             return 1
     return 0
-
-
-def dry_run(
-    recipe: recipes.Recipe, name: str, device: torch.device, dataset: Dataset, cost: describe.Cost
-) -> None:
-    """Print the resolved recipe and how it would run."""
-    if environment()[0]:
-        return
-    ranks = environment()[2]
-    total = recipes.total_images(recipe, dataset.images)
-    precision = choose_precision(recipe.precision, device)
-    obstacle = sharing.compile_obstacle(recipe, ranks)
-    compiler = choose_compile(
-        recipe.compile, device, cost.flops_per_image * total / ranks, obstacle
-    )
-    captured, why = choose_graph(recipe, device)
-    units = ", ".join(cost.units) if compiler.active else "nothing"
-    facts = {
-        "dataset": f"{dataset.name}, {len(dataset):,} images"
-        + (f" ({dataset.note})" if dataset.note else ""),
-        "length": f"{total:,} images, {total // recipe.data.batch:,} steps",
-        "FLOPs per image": f"{cost.flops_per_image / 1e6:,.1f} million (all updates, both passes)",
-        "device": f"{device_name(device)}, {ranks} rank(s)",
-        "ranks": sharing.describe(recipe, ranks),
-        "precision": f"{precision.name} ({precision.reason})",
-        "compile": f"{units} ({compiler.reason})",
-        "graph": f"{'on' if captured else 'off'} ({why})",
-        "kernels": "\n".join(": ".join(row) for row in dispatch.explain(device)),
-        "pipeline": ": ".join(choose(dataset, recipe.data, device)),
-        "metrics": _metrics(recipe.metrics),
-    }
-    if notes := recipe.step.notes():
-        facts["notes"] = "\n".join(notes)
-    describe.show(Console(), name, recipe, facts, len(dataset.classes))
-
-
-def _metrics(settings: Metrics) -> str:
-    """When the samples are measured, in words."""
-    if not settings.every_kimg:
-        return "not while training (--metrics.every-kimg)"
-    real = f"{settings.real:,}" if settings.real else "all"
-    against = f"{settings.generated:,} generated against {real} of the {settings.split} split"
-    return f"every {settings.every_kimg:g} kimg, {against}"
 
 
 def list_recipes() -> None:

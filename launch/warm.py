@@ -10,9 +10,10 @@ from engine import describe, micro_batch, resolution, session, world
 from engine import recipe as recipes
 from engine.artifact import save_artifact
 from engine.compile import CompileError
+from engine.precompile import compile_all
 from engine.run import RunError
 from engine.settings import Recipe
-from engine.start import compile_all, examine
+from engine.start import examine
 from engine.world import Ranks
 from pipelines.datasets import Dataset, DatasetMissing
 

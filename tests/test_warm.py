@@ -11,7 +11,7 @@ import torch
 
 from engine import artifact
 from engine.display import Display
-from engine.start import take_artifact
+from engine.precompile import take_artifact
 from launch.doctor import main
 from tests.forked import train
 from tests.runs import QUICK, environment, run_folder, toy
