@@ -66,6 +66,10 @@ RECIPES_HEAD = (
 )
 
 
+def _rate(images_per_s: float) -> str:
+    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.1f}"
+
+
 def recipes(content: dict, name: str) -> str:
     """The recipes' table and the lines below it."""
     lines = [*RECIPES_HEAD]
@@ -73,14 +77,15 @@ def recipes(content: dict, name: str) -> str:
         size = f"batch {f['batch']}"
         if f["widths_divided_by"] > 1:
             size += f", widths / {f['widths_divided_by']}"
-        cells = [f"`{key}`", size, f"{f['plain_images_per_s']:,.0f}"]
+        cells = [f"`{key}`", size, _rate(f["plain_images_per_s"])]
         for variant in ("eager", "compiled"):
             known = f"{variant}_ratio" in f
-            cells.append(f"{f[f'{variant}_images_per_s']:,.0f}" if known else "")
+            cells.append(_rate(f[f"{variant}_images_per_s"]) if known else "")
             cells.append(f"{f[f'{variant}_ratio']:.2f}" if known else "")
         lines.append(f"| {' | '.join(cells)} |")
     (means,) = facts_of(content, "bench_mean").values()
-    said = ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in means.items())
+    figures = {k.replace("_", " "): v for k, v in means.items() if isinstance(v, float)}
+    said = ", ".join(f"{k} {v:.2f}" for k, v in figures.items())
     where = content["machine_info"]["saddle"]
     lines += [
         "",
