@@ -84,8 +84,8 @@ def recipes(content: dict, name: str) -> str:
             cells.append(f"{f[f'{variant}_ratio']:.2f}" if known else "")
         lines.append(f"| {' | '.join(cells)} |")
     (means,) = facts_of(content, "bench_mean").values()
-    figures = {k.replace("_", " "): v for k, v in means.items() if isinstance(v, float)}
-    said = ", ".join(f"{k} {v:.2f}" for k, v in figures.items())
+    figures = {k: v for k, v in means.items() if isinstance(v, float)}  # not where it is from
+    said = ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in figures.items())
     where = content["machine_info"]["saddle"]
     lines += [
         "",

@@ -4,14 +4,13 @@ import torch
 from rich.console import Console
 
 from engine import sharing
-from engine.compile import choose_compile
 from engine.describe import Cost, show
 from engine.iteration import choose_graph
-from engine.precision import choose_precision
 from engine.recipe import total_images
+from engine.resolution import resolve
 from engine.run import device_name
 from engine.settings import Metrics, Recipe
-from engine.world import environment
+from engine.world import Ranks, environment
 from kernels import dispatch
 from pipelines.datasets import Dataset
 from pipelines.open import choose
@@ -19,15 +18,12 @@ from pipelines.open import choose
 
 def dry_run(recipe: Recipe, name: str, device: torch.device, dataset: Dataset, cost: Cost) -> None:
     """Print the resolved recipe and how it would run."""
-    if environment()[0]:
+    ranks = Ranks(*environment(), device)
+    if ranks.rank:
         return
-    ranks = environment()[2]
     total = total_images(recipe, dataset.images)
-    precision = choose_precision(recipe.precision, device)
-    obstacle = sharing.compile_obstacle(recipe, ranks)
-    compiler = choose_compile(
-        recipe.compile, device, cost.flops_per_image * total / ranks, obstacle
-    )
+    flops = cost.flops_per_image * total / ranks.world_size
+    precision, compiler = resolve(recipe, ranks, flops)
     captured, why = choose_graph(recipe, device)
     units = ", ".join(cost.units) if compiler.active else "nothing"
     facts = {
@@ -35,8 +31,8 @@ def dry_run(recipe: Recipe, name: str, device: torch.device, dataset: Dataset, c
         + (f" ({dataset.note})" if dataset.note else ""),
         "length": f"{total:,} images, {total // recipe.data.batch:,} steps",
         "FLOPs per image": f"{cost.flops_per_image / 1e6:,.1f} million (all updates, both passes)",
-        "device": f"{device_name(device)}, {ranks} rank(s)",
-        "ranks": sharing.describe(recipe, ranks),
+        "device": f"{device_name(device)}, {ranks.world_size} rank(s)",
+        "ranks": sharing.describe(recipe, ranks.world_size),
         "precision": f"{precision.name} ({precision.reason})",
         "compile": f"{units} ({compiler.reason})",
         "graph": f"{'on' if captured else 'off'} ({why})",

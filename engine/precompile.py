@@ -23,8 +23,8 @@ def precompile(
     found: list[probe.Choice],
     display: Display,
 ) -> list[probe.Choice]:
-    """Compile what is to be, by what was found when that was measured; a run that begins measures
-    it: what it finds."""
+    """Compile all but what was found to be faster eager; a run that begins measures that, and gives
+    what it found. An artifact is taken from first."""
     if not compiler.active:
         if artifact:
             display.warn(f"--compile-artifact: nothing is compiled ({compiler.reason})")

@@ -1,8 +1,9 @@
-"""Folders of image files."""
+"""Images of noise: folders of files, and tensors."""
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -14,3 +15,8 @@ def images(folder: Path, count: int, size: tuple[int, int], seed: int, suffix: s
         pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:03}.{suffix}")
     return str(folder)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Float32 in [-1, 1], of this shape."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1

@@ -15,7 +15,7 @@ from PIL import Image
 
 from engine import checkpoint, run
 from engine.networks.spec import Network
-from engine.recipe import flatten, load
+from engine.recipe import flatten, load, parse
 from engine.settings import Adam, Recipe
 from engine.stored import Loaded
 from pipelines.captions import LENGTH
@@ -149,6 +149,11 @@ def newest_picture(folder: Path) -> bytes:
     with Image.open(max((folder / "samples").glob("*.png"))) as picture:
         assert picture.format == "PNG"
         return picture.tobytes()
+
+
+def parsed(*arguments: str, name: str = "dcgan_digits") -> Recipe:
+    """A recipe with what a command line overrides."""
+    return parse(name, list(arguments)).recipe
 
 
 def toy(name: str, batch: int = 8) -> tuple[Recipe, list[str]]:

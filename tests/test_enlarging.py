@@ -22,15 +22,12 @@ from engine.tiles import check_side, in_tiles
 from engine.translation import Translation
 from pipelines.finish import smaller
 from pipelines.images import BadImage
+from tests.images import noise
 from tests.players import RANKS
 from tests.runs import toy
 from tests.trained import refused_by, trained
 
 COLOUR = ImageSpec(3, 96, scale=4)
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 @pytest.fixture(scope="module")

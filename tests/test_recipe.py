@@ -14,12 +14,9 @@ from engine import recipe as recipes
 from engine import train
 from engine.networks.spec import ImageSpec
 from engine.settings import Length, Recipe
+from tests.runs import parsed
 
 NAMES = recipes.names()
-
-
-def parsed(*arguments: str, name: str = "dcgan_digits") -> Recipe:
-    return recipes.parse(name, list(arguments)).recipe
 
 
 # by name

@@ -10,13 +10,10 @@ import pytest
 
 from engine import recipe as recipes
 from engine import train
-from engine.settings import Length, Recipe
+from engine.settings import Length
+from tests.runs import parsed
 
 FAMILIES = ("dcgan_digits", "vae_mnist", "vae_celeba", "gan_mnist")
-
-
-def parsed(*arguments: str, name: str = "dcgan_digits") -> Recipe:
-    return recipes.parse(name, list(arguments)).recipe
 
 
 def other_value(flag: str, value: object) -> tuple[list[str], object]:

@@ -21,15 +21,12 @@ from engine.recipe import load
 from engine.session import build_networks
 from pipelines.batch import Batch
 from tests import forked
+from tests.images import noise
 from tests.players import CPU, FP32, RANKS, moved, weights
 from tests.runs import QUICK, differences, final_state, pair_of, run_folder, toy
 
 EPS = 1e-3
 COLOUR = ImageSpec(3, 96, scale=4)
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 @pytest.fixture(scope="module")
